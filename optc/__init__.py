@@ -1,0 +1,1 @@
+"""optc: compile neural networks into one verified, self-contained artifact."""
