@@ -1,1 +1,1 @@
-
+"""From model files to canonical IR."""

@@ -6,21 +6,23 @@ A rule is a function ``(node, ops) -> Rewrite | Miss | None`` with a decorator t
 * ``Miss(reason)``: the node looks like the pattern, and this is why the rule must not fire;
 * ``None``: the node is something else.
 
-A rule never edits the graph itself: it only creates nodes through ``ops`` (inserted before the anchor when the
-rule fires, dropped when it does not). Producers that become dead are removed by the engine.
+A rule never edits the graph itself: it only creates nodes through ``ops`` (inserted before the anchor when
+the rule fires, dropped when it does not). Producers that become dead are removed by the engine.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as oir
-
 from optc.ir import provenance
 from optc.passes.base import Pass, PassResult, Skipped
+from optc.passes.types import NodeTyper
+
+ANY = "*"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class Rule:
 
 
 def rule(name: str, *anchors: str) -> Callable[[RuleFunction], Rule]:
-    """Turn a function into the rule ``name``, tried at every node whose operator is one of ``anchors``."""
+    """Turn a function into the rule ``name``, tried at every node whose operator is one of ``anchors``.
+
+    The anchor ``ANY`` stands for every operator of the default domain.
+    """
 
     def wrap(function: RuleFunction) -> Rule:
         return Rule(name, frozenset(anchors), function)
@@ -60,7 +65,7 @@ def rule(name: str, *anchors: str) -> Callable[[RuleFunction], Rule]:
 
 
 class Ops:
-    """Builds replacement nodes: ``ops("Mul", x, y)``. Constants become initializers of the outermost graph."""
+    """Builds replacement nodes: ``ops("Mul", x, y)``. Constants become outermost initializers."""
 
     def __init__(self, graph: oir.Graph, anchor: oir.Node) -> None:
         self.graph = graph
@@ -80,11 +85,9 @@ class Ops:
     ) -> oir.Value:
         """Create a one-output node. The type comes from ``like``, or from ``shape`` and ``dtype``.
 
-        The values that replace the anchor's outputs need neither: they inherit the outputs' types.
+        Neither is needed: values that replace the anchor's outputs inherit their types, others are inferred.
         """
-        node = oir.node(op_type, list(inputs), attributes=dict(attributes), domain=domain)
-        self.nodes.append(node)
-        output = node.outputs[0]
+        (output,) = self.many(op_type, *inputs, outputs=1, domain=domain, **attributes)
         if like is not None:
             output.shape, output.type = like.shape, like.type
         if shape is not None:
@@ -92,6 +95,25 @@ class Ops:
         if dtype is not None:
             output.type = oir.TensorType(dtype)
         return output
+
+    def many(
+        self,
+        op_type: str,
+        *inputs: oir.Value | None,
+        outputs: int,
+        domain: str = "",
+        **attributes: int | float | str | Sequence[int] | Sequence[float],
+    ) -> Sequence[oir.Value]:
+        """Create a node with several outputs, typed by inference."""
+        node = oir.node(op_type, list(inputs), dict(attributes), domain=domain, num_outputs=outputs)
+        self.nodes.append(node)
+        return node.outputs
+
+    def abandon(self) -> None:
+        """Take back the uses that the created nodes make of existing values."""
+        for node in self.nodes:
+            for index in range(len(node.inputs)):
+                node.replace_input_with(index, None)
 
     def constant(self, array: np.ndarray, hint: str = "constant") -> oir.Value:
         """Return an initializer holding ``array`` (dtype kept)."""
@@ -121,45 +143,72 @@ class RewritePass(Pass):
 
     def call(self, model: oir.Model) -> PassResult:
         """Apply the rules everywhere, in subgraphs too."""
-        fired: Counter[str] = Counter()
-        skipped: dict[tuple[str, str], Skipped] = {}
-        namer = _Namer(model)
+        sweep = _Sweep(model, self._by_anchor)
         for _ in range(self.max_sweeps):
-            if not self._sweep(model.graph, model.graph, namer, fired, skipped):
+            if not sweep.graph(model.graph):
                 break
-        return PassResult(bool(fired), dict(fired), list(skipped.values()))
+        return PassResult(bool(sweep.fired), dict(sweep.fired), list(sweep.skipped.values()))
 
-    def _sweep(
-        self,
-        root: oir.Graph,
-        graph: oir.Graph,
-        namer: _Namer,
-        fired: Counter[str],
-        skipped: dict[tuple[str, str], Skipped],
-    ) -> bool:
+
+class _Sweep:
+    """The state of one call of a RewritePass."""
+
+    def __init__(self, model: oir.Model, rules: Mapping[str, Sequence[Rule]]) -> None:
+        self.root = model.graph
+        self.rules = rules
+        self.namer = Namer(model)
+        self.typer = NodeTyper(model)
+        self.fired: Counter[str] = Counter()
+        self.skipped: dict[tuple[str, str], Skipped] = {}
+
+    def graph(self, graph: oir.Graph) -> bool:
+        """Try every rule at every node of ``graph`` and its subgraphs once; tell whether one fired."""
         changed = False
         for node in graph:
-            for attribute in node.attributes.values():
-                for subgraph in _subgraphs(attribute):
-                    changed |= self._sweep(root, subgraph, namer, fired, skipped)
-            if node.domain != "":
-                continue
-            for entry in self._by_anchor.get(node.op_type, ()):
-                ops = Ops(graph, node)
-                outcome = entry.function(node, ops)
-                key = (entry.name, node.name or "")
-                if isinstance(outcome, Miss):
-                    skipped[key] = Skipped(entry.name, node.name or "", outcome.reason)
-                elif isinstance(outcome, Rewrite):
-                    skipped.pop(key, None)
-                    _commit(root, graph, node, ops, outcome, entry.name, namer)
-                    fired[entry.name] += 1
-                    changed = True
-                    break
+            for subgraph in subgraphs(node):
+                changed |= self.graph(subgraph)
+            if node.domain == "":
+                changed |= self._node(graph, node)
         return changed
 
+    def _node(self, graph: oir.Graph, node: oir.Node) -> bool:
+        for entry in (*self.rules.get(node.op_type, ()), *self.rules.get(ANY, ())):
+            ops = Ops(graph, node)
+            outcome = entry.function(node, ops)
+            key = (entry.name, node.name or "")
+            if isinstance(outcome, Rewrite):
+                self.skipped.pop(key, None)
+                self._commit(graph, node, ops, outcome, entry.name)
+                self.fired[entry.name] += 1
+                return True
+            ops.abandon()
+            if isinstance(outcome, Miss):
+                self.skipped[key] = Skipped(entry.name, node.name or "", outcome.reason)
+        return False
 
-class _Namer:
+    def _commit(self, graph: oir.Graph, anchor: oir.Node, ops: Ops, rewrite: Rewrite, rule_name: str) -> None:
+        if len(rewrite.values) != len(anchor.outputs):
+            raise AssertionError(
+                f"{rule_name}: {len(rewrite.values)} values for {len(anchor.outputs)} outputs"
+            )
+        for value in ops.constants:
+            value.name = self.namer.fresh(value.name or "constant")
+            self.root.initializers.add(value)
+        for node in ops.nodes:
+            node.name = self.namer.fresh(f"{anchor.name}/{node.op_type}")
+            for output in node.outputs:
+                output.name = self.namer.fresh(f"{node.name}.out")
+            provenance.inherit(node, [anchor], made_by=rule_name)
+        for old, new in zip(anchor.outputs, rewrite.values, strict=True):
+            inherit_type(old, new)
+        self.typer.infer(ops.nodes)
+        graph.insert_before(anchor, ops.nodes)
+        for old, new in zip(anchor.outputs, rewrite.values, strict=True):
+            replace_value(graph, old, new, self.namer)
+        remove_dead([anchor])
+
+
+class Namer:
     """Gives names that the whole model does not use yet."""
 
     def __init__(self, model: oir.Model) -> None:
@@ -173,6 +222,7 @@ class _Namer:
                 self.used.update(v.name for v in node.outputs if v.name)
 
     def fresh(self, stem: str) -> str:
+        """Return ``stem``, with a number when it is taken, and remember it as used."""
         name = stem
         while name in self.used:
             self.counters[stem] += 1
@@ -181,70 +231,94 @@ class _Namer:
         return name
 
 
-def _subgraphs(attribute: oir.Attr) -> list[oir.Graph]:
-    if attribute.type == oir.AttributeType.GRAPH:
-        return [attribute.as_graph()]
-    if attribute.type == oir.AttributeType.GRAPHS:
-        return list(attribute.as_graphs())
-    return []
+def subgraphs(node: oir.Node) -> list[oir.Graph]:
+    """Return the graphs in the attributes of ``node``: branches of If, bodies of Loop and Scan."""
+    found: list[oir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == oir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == oir.AttributeType.GRAPHS:
+            found.extend(attribute.as_graphs())
+    return found
 
 
-def _commit(
-    root: oir.Graph,
-    graph: oir.Graph,
-    anchor: oir.Node,
-    ops: Ops,
-    rewrite: Rewrite,
-    rule_name: str,
-    namer: _Namer,
-) -> None:
-    if len(rewrite.values) != len(anchor.outputs):
-        raise AssertionError(f"{rule_name}: {len(rewrite.values)} values for {len(anchor.outputs)} outputs")
-    for value in ops.constants:
-        value.name = namer.fresh(value.name or "constant")
-        root.initializers.add(value)
-    for node in ops.nodes:
-        node.name = namer.fresh(f"{anchor.name}/{node.op_type}")
-        for output in node.outputs:
-            output.name = namer.fresh(f"{node.name}.out")
-        provenance.inherit(node, [anchor], made_by=rule_name)
-    graph.insert_before(anchor, ops.nodes)
-    for old, new in zip(anchor.outputs, rewrite.values, strict=True):
-        if new.type is None:
-            new.type = old.type
-        if new.shape is None:
-            new.shape = old.shape
-        replace_value(graph, old, new)
-    producers = [v.producer() for v in anchor.inputs if v is not None]
-    graph.remove(anchor, safe=True)
-    remove_dead(producers)
+def inherit_type(old: oir.Value, new: oir.Value) -> None:
+    """Give ``new``, which replaces ``old``, what is known of ``old`` and not of ``new``.
 
-
-def replace_value(graph: oir.Graph, old: oir.Value, new: oir.Value) -> None:
-    """Make every use of ``old`` a use of ``new``; a graph output keeps its public name.
-
-    A graph output that would become a graph input, an initializer or a second name of another output gets an
-    Identity node, since ONNX names outputs by their value.
+    A type that is missing, a shape that is missing, and integers for dims that are symbolic.
     """
+    if new.type is None:
+        new.type = old.type
+    if new.shape is None:
+        new.shape = old.shape
+    elif old.shape is not None and len(old.shape) == len(new.shape) and old.shape != new.shape:
+        new.shape = oir.Shape(
+            [o if isinstance(o, int) else n for o, n in zip(old.shape, new.shape, strict=True)]
+        )
+
+
+def replace_value(graph: oir.Graph, old: oir.Value, new: oir.Value, namer: Namer) -> None:
+    """Make every use of ``old``, a node output of ``graph``, a use of ``new``; a graph output keeps its name.
+
+    A graph output that would become a graph input, an initializer, a value of an enclosing graph or a second
+    name of another output gets an Identity node, since ONNX names outputs by their value.
+    """
+    producer = old.producer()
+    assert producer is not None
     if old.is_graph_output():
-        producer = new.producer()
-        if producer is None or producer.graph is not graph or new.is_graph_output():
-            identity = oir.node("Identity", [new], name=f"{old.name}/Identity")
+        maker = new.producer()
+        if maker is None or maker.graph is not graph or new.is_graph_output():
+            identity = oir.node("Identity", [new], name=namer.fresh(f"{producer.name}/Identity"))
             identity.outputs[0].shape, identity.outputs[0].type = old.shape, old.type
-            assert old.producer() is not None
-            graph.insert_before(old.producer(), [identity])
+            provenance.inherit(identity, [producer], made_by="graph output")
+            graph.insert_before(producer, [identity])
             new = identity.outputs[0]
-        name, old.name = old.name, f"{old.name}.replaced"
+        name, old.name = old.name, namer.fresh(f"{old.name}.replaced")
         new.name = name
     oir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def remove_dead(nodes: Iterable[oir.Node | None]) -> None:
-    """Remove those of ``nodes`` that nothing uses any more, and their producers in turn."""
+def remove_dead(nodes: Iterable[oir.Node | None]) -> int:
+    """Remove those of ``nodes`` that nothing uses any more, and their producers in turn; return how many.
+
+    A use inside a subgraph is a use. Initializers that lose their last use go too.
+    """
     stack = [node for node in nodes if node is not None]
+    removed = 0
     while stack:
         node = stack.pop()
         if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
             continue
-        stack.extend(p for v in node.inputs if v is not None and (p := v.producer()) is not None)
+        inputs = [v for inner in _with_nested(node) for v in inner.inputs if v is not None]
+        for graph in subgraphs(node):
+            _detach(graph)
         node.graph.remove(node, safe=True)
+        removed += 1
+        for value in inputs:
+            maker = value.producer()
+            if maker is not None:
+                stack.append(maker)
+            elif is_unused_initializer(value) and value.graph is not None:
+                value.graph.initializers.pop(value.name or "")
+    return removed
+
+
+def is_unused_initializer(value: oir.Value) -> bool:
+    """Tell whether ``value`` is an initializer, and neither a graph input nor output, that no node reads."""
+    return (
+        value.is_initializer()
+        and not value.is_graph_input()
+        and not value.is_graph_output()
+        and not value.uses()
+    )
+
+
+def _with_nested(node: oir.Node) -> list[oir.Node]:
+    return [node, *(inner for graph in subgraphs(node) for inner in graph.all_nodes())]
+
+
+def _detach(graph: oir.Graph) -> None:
+    """Drop the uses that the nodes of a removed subgraph make, of captured values above all."""
+    for node in graph.all_nodes():
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)

@@ -1,0 +1,132 @@
+"""From a canonical model to a shared library for a CPU: lower, fuse, schedule, generate code, link."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as oir
+import tvm
+from tvm import relax, tirx
+
+from optc.backends.base import Build, Target
+from optc.backends.cpu import memory
+from optc.backends.cpu.link import link
+from optc.backends.cpu.target import to_tvm
+from optc.backends.kernels import schedule
+from optc.backends.lowering import TABLE
+from optc.backends.lowering.expand import expand_functions
+from optc.backends.lowering.lower import Lowered, lower
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Module:
+    """A fused, scheduled Relax module, and how each kernel was scheduled."""
+
+    relax: Any
+    lowered: Lowered
+    kernels: list[schedule.Kernel]
+
+
+class CpuBackend:
+    """The CPU backend for one target."""
+
+    def __init__(self, target: Target, progress: Progress | None = None) -> None:
+        self.target = target
+        self.progress = progress or (lambda _: None)
+
+    def supported(self, model: oir.Model) -> None:
+        """Raise UnsupportedModelError naming every node that cannot be compiled. ``model`` gets expanded."""
+        expand_functions(model, TABLE.keys())
+        lower(model, TABLE)
+
+    def schedule(self, model: oir.Model) -> Module:
+        """Lower, fuse and schedule ``model`` (which gets expanded in place)."""
+        self.progress("lowering")
+        expand_functions(model, TABLE.keys())
+        lowered = lower(model, TABLE)
+        self.progress("fusing")
+        module = _fuse(lowered.module)
+        self.progress("scheduling")
+        module, kernels = schedule.schedule(module, self.target)
+        return Module(module, lowered, kernels)
+
+    def build(self, model: oir.Model) -> Build:
+        """Compile ``model`` to a shared library."""
+        scheduled = self.schedule(model)
+        self.progress("generating code")
+        executable, activations = generate(scheduled.relax, self.target)
+        self.progress("linking")
+        code = _shared_library(executable, self.target)
+        kernels = [kernel.describe() for kernel in scheduled.kernels]
+        return Build(code, scheduled.lowered.weights, activations, kernels)
+
+
+def _fuse(module: Any) -> Any:
+    transform = relax.transform
+    passes = [
+        transform.ConvertToDataflow(1),
+        transform.AnnotateTIROpPattern(),
+        transform.FuseOps(),
+        transform.FuseTIR(),
+        transform.DeadCodeElimination(),
+    ]
+    return tvm.transform.Sequential(passes)(module)
+
+
+def generate(module: Any, target: Target) -> tuple[Any, int | None]:
+    """Generate code for a scheduled module; returns the executable and the planned activation bytes.
+
+    The bytes are None when symbolic sizes leave them open.
+    """
+    transform = relax.transform
+    tvm_target = to_tvm(target)
+    plan = tvm.transform.Sequential(
+        [
+            transform.RewriteDataflowReshape(),
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+        ]
+    )
+    finish = tvm.transform.Sequential(
+        [
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+        ]
+    )
+    with tvm_target:
+        planned = plan(module)
+        executable = tvm.compile(planned, target=tvm_target, relax_pipeline=finish)
+    return executable, memory.planned_bytes(planned)
+
+
+def _shared_library(executable: Any, target: Target) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="optc-") as folder:
+        output = Path(folder) / "model.so"
+
+        def compile_objects(path: str, objects: list[str], **_: Any) -> None:
+            link([Path(o) for o in objects], Path(path), target)
+
+        compile_objects.need_system_lib = False  # type: ignore[attr-defined]
+        executable.export_library(str(output), fcompile=compile_objects, workspace_dir=folder)
+        return output.read_bytes()
+
+
+def kernels_of(module: Any) -> dict[str, Any]:
+    """Return the kernels of a Relax module by name."""
+    return {
+        str(var.name_hint): function
+        for var, function in module.functions.items()
+        if isinstance(function, tirx.PrimFunc)
+    }

@@ -1,0 +1,192 @@
+"""The rule for kernels without a template: inline, share rows, parallel outside, vector inside.
+
+1. Spatial stages that are cheap or read once are inlined into their consumers.
+2. The stages that remain are computed at the rows of the last one where the accesses allow it, so that
+   intermediate values stay in cache; otherwise they get loops of their own.
+3. Outer spatial loops are fused and run in parallel when the work is worth a thread; the innermost loop is
+   vectorized when its extent is a multiple of the vector, else left to LLVM's vectorizer, which handles
+   remainders and symbolic extents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+
+from optc.backends.base import Target
+
+PARALLEL_WORK = 32768
+"""Scalar operations below which starting a second thread costs more than it gains (about 10 us)."""
+_SPATIAL, _REDUCTION = 0, 2
+_EXPENSIVE = ("exp", "log", "tanh", "erf", "pow", "sqrt", "sin", "cos", "tan", "atan", "sigmoid", "rsqrt")
+
+
+def schedule(function: Any, target: Target) -> tuple[Any, str]:
+    """Return ``function`` scheduled, and the name of the rule: "generic", or "serial" for opaque loops."""
+    sch = s_tir.Schedule(function, enable_check=False, error_render_level="none")
+    blocks = sch.get_child_blocks(sch.get_sblock("root"))
+    if not blocks or not all(_regular(sch, block) for block in blocks):
+        return function, "serial"
+    blocks = _inline(sch, blocks)
+    lanes = _lanes(sch, blocks, target)
+    parallel = sum(_work(sch, block) for block in blocks) >= PARALLEL_WORK
+    shared = _share_rows(sch, blocks)
+    if shared is not None:
+        sch, row = shared
+        for block in blocks:
+            _schedule_inside(sch, block, row, lanes)
+        if parallel:
+            sch.parallel(row)
+    else:
+        for block in blocks:
+            _schedule_alone(sch, block, lanes, parallel)
+    return sch.mod["main"], "generic"
+
+
+def _regular(sch: Any, block: Any) -> bool:
+    """Tell whether ``block`` is a plain spatial or reduction block under simple loops."""
+    if sch.get_child_blocks(block):
+        return False
+    iters = sch.get(block).iter_vars
+    return {int(v.iter_type) for v in iters} <= {_SPATIAL, _REDUCTION} and len(sch.get_loops(block)) == len(iters)
+
+
+def _lanes(sch: Any, blocks: list[Any], target: Target) -> int:
+    """Return how many of the widest elements written fit a vector register."""
+    widths = [_bits(str(region.source.dtype)) for block in blocks for region in sch.get(block).writes]
+    return max(1, target.vector_bits // max([*widths, 8]))
+
+
+def _bits(dtype: str) -> int:
+    digits = "".join(c for c in dtype if c.isdigit())
+    return int(digits) if digits else 8
+
+
+def _inline(sch: Any, blocks: list[Any]) -> list[Any]:
+    kept: list[Any] = []
+    for block in blocks:
+        consumers = sch.get_consumers(block)
+        inlinable = consumers and not _reductions(sch, block) and not _repeats_work(sch, block, consumers)
+        if inlinable and _try(sch.compute_inline, block):
+            continue
+        kept.append(block)
+    return kept
+
+
+def _repeats_work(sch: Any, block: Any, consumers: list[Any]) -> bool:
+    """Tell whether inlining would repeat expensive work: several readers, or one that revisits values."""
+    if not _expensive(sch.get(block)):
+        return False
+    revisits = len(sch.get(consumers[0]).iter_vars) > len(sch.get(block).iter_vars)
+    return len(consumers) > 1 or revisits
+
+
+def _expensive(block: Any) -> bool:
+    names: list[str] = []
+    tvm_ffi.structural_walk(block.body, (tvm.ir.Call, lambda call: names.append(str(call.op))))
+    return any(word in name for name in names for word in _EXPENSIVE)
+
+
+def _try(primitive: Any, *arguments: Any) -> bool:
+    """Run a schedule primitive; a refusal (the primitive checks before it edits) means "not possible here"."""
+    try:
+        primitive(*arguments)
+    except s_tir.ScheduleError:
+        return False
+    return True
+
+
+def _reductions(sch: Any, block: Any) -> list[Any]:
+    kinds = [int(v.iter_type) for v in sch.get(block).iter_vars]
+    loops = sch.get_loops(block)[-len(kinds) :] if kinds else []
+    return [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _REDUCTION]
+
+
+def _extent(sch: Any, loop: Any) -> int | None:
+    extent = sch.get(loop).extent
+    return int(extent) if isinstance(extent, tirx.IntImm) else None
+
+
+def _work(sch: Any, block: Any) -> float:
+    """Return the number of scalar operations of ``block``; infinite when a size is symbolic."""
+    work = float(len(sch.get(block).reads) + 1)
+    for loop in sch.get_loops(block):
+        extent = _extent(sch, loop)
+        work *= float("inf") if extent is None else extent
+    return work * (8 if _expensive(sch.get(block)) else 1) if work == work else 0.0
+
+
+def _share_rows(sch: Any, blocks: list[Any]) -> tuple[Any, Any] | None:
+    """Compute all stages at the rows of the last one; returns the new schedule and the fused row loop.
+
+    Rows are the leading loops that all stages have with the same extents, so nothing is computed twice.
+    """
+    if len(blocks) < 2 or _reductions(sch, blocks[-1]):
+        return None
+    depth = min(_common_prefix(sch, block, blocks[-1]) for block in blocks[:-1])
+    if depth == 0:
+        return None
+    trial = sch.copy()
+    loops = trial.get_loops(blocks[-1])
+    row = trial.fuse(*loops[:depth]) if depth > 1 else loops[0]
+    for block in reversed(blocks[:-1]):
+        if not _try(lambda block=block: trial.compute_at(block, row, preserve_unit_loops=True)):
+            return None
+    return trial, row
+
+
+def _common_prefix(sch: Any, block: Any, last: Any) -> int:
+    reductions = {id(sch.get(loop)) for loop in _reductions(sch, block)}
+    ours, theirs = sch.get_loops(block), sch.get_loops(last)[:-1]
+    depth = 0
+    for a, b in zip(ours, theirs, strict=False):
+        same = tvm_ffi.structural_equal(sch.get(a).extent, sch.get(b).extent)
+        if not same or id(sch.get(a)) in reductions:
+            break
+        depth += 1
+    return depth
+
+
+def _schedule_inside(sch: Any, block: Any, row: Any, lanes: int) -> None:
+    loops = sch.get_loops(block)
+    position = next(i for i, loop in enumerate(loops) if sch.get(loop).same_as(sch.get(row)))
+    inner = loops[position + 1 :]
+    kinds = [int(v.iter_type) for v in sch.get(block).iter_vars]
+    reduction = inner[len(inner) - kinds.count(_REDUCTION) :] if _REDUCTION in kinds else []
+    _vectorize(sch, block, inner[: len(inner) - len(reduction)], reduction, lanes)
+
+
+def _schedule_alone(sch: Any, block: Any, lanes: int, parallel: bool) -> None:
+    reduction = _reductions(sch, block)
+    loops = sch.get_loops(block)
+    spatial = loops[: len(loops) - len(reduction)]
+    outer = _vectorize(sch, block, spatial, reduction, lanes)
+    if parallel and outer:
+        sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+
+
+def _vectorize(sch: Any, block: Any, spatial: list[Any], reduction: list[Any], lanes: int) -> list[Any]:
+    """Vectorize the innermost spatial loop where its extent allows; returns the loops left outside."""
+    outer = list(spatial)
+    extent = _extent(sch, spatial[-1]) if spatial else None
+    if extent is not None and lanes > 1 and extent % lanes == 0 and not _scalar_only(sch.get(block)):
+        chunk, vector = sch.split(spatial[-1], [None, lanes], preserve_unit_iters=True)
+        outer[-1] = chunk
+        if reduction:
+            sch.reorder(*reduction, vector)
+        sch.vectorize(vector)
+    elif len(outer) > 1 and not reduction:
+        outer = outer[:-1]  # the innermost loop stays whole, for LLVM's vectorizer
+    if reduction:
+        sch.decompose_reduction(block, reduction[0])
+    return outer
+
+
+def _scalar_only(block: Any) -> bool:
+    """Tell whether the block branches or calls out, which a vector loop would only unroll to scalars."""
+    names: list[str] = []
+    tvm_ffi.structural_walk(block.body, (tvm.ir.Call, lambda call: names.append(str(call.op))))
+    return any("if_then_else" in n or "extern" in n or "packed" in n for n in names)

@@ -1,0 +1,72 @@
+"""Schedules every kernel of a module: its own template where it has one, else the generic rule.
+
+A template is asked for by a block annotation, ``te.compute(..., attrs={"optc.template": NAME})``, because
+annotations survive fusion. A template returns None for a function it cannot handle; the generic rule then takes
+it, and the report says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import s_tir, tirx
+
+from optc.backends.base import Target
+from optc.backends.kernels import generic
+from optc.backends.kernels.templates import TEMPLATES
+
+TEMPLATE = "optc.template"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How one kernel was scheduled. ``wanted`` is the template it asked for, if any."""
+
+    name: str
+    rule: str
+    wanted: str | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the JSON form that the artifact's report carries."""
+        entry: dict[str, Any] = {"name": self.name, "schedule": self.rule}
+        if self.wanted is not None and self.wanted != self.rule:
+            entry["declined"] = self.wanted
+        return entry
+
+
+def schedule(module: Any, target: Target) -> tuple[Any, list[Kernel]]:
+    """Return ``module`` with every PrimFunc scheduled for ``target``, and how."""
+    kernels: list[Kernel] = []
+    for var, function in sorted(module.functions.items(), key=lambda item: str(item[0].name_hint)):
+        if not isinstance(function, tirx.PrimFunc):
+            continue
+        name = str(var.name_hint)
+        scheduled, rule, wanted = schedule_kernel(function, target)
+        module[var] = scheduled
+        kernels.append(Kernel(name, rule, wanted))
+    return module, kernels
+
+
+def schedule_kernel(function: Any, target: Target) -> tuple[Any, str, str | None]:
+    """Return the scheduled function, the rule that did it, and the template that was asked for."""
+    wanted = _wanted(function)
+    if wanted is not None:
+        scheduled = TEMPLATES[wanted](function, target)
+        if scheduled is not None:
+            return scheduled, wanted, wanted
+    scheduled, rule = generic.schedule(function, target)
+    return scheduled, rule, wanted
+
+
+def _wanted(function: Any) -> str | None:
+    schedule = s_tir.Schedule(function, enable_check=False)
+    for block in schedule.get_child_blocks(schedule.get_sblock("root")) if _has_root(function) else []:
+        annotation = schedule.get(block).annotations.get(TEMPLATE)
+        if annotation is not None:
+            return str(annotation)
+    return None
+
+
+def _has_root(function: Any) -> bool:
+    return isinstance(function.body, s_tir.SBlockRealize)

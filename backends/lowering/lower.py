@@ -1,0 +1,281 @@
+"""Lowers a canonical model to one Relax function, node by node, in topological order.
+
+Integers that describe shapes never become tensors if they can be helped: a value whose elements are known, as
+numbers or as expressions of symbolic dimensions, is kept as a NumPy object array in ``integers`` and evaluated
+symbolically (``shape_values.py``); a kernel is emitted for it only when some node wants it as a tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as oir
+import tvm
+from tvm import relax, te, tirx
+
+from optc.backends.lowering import emit as emission
+from optc.backends.lowering import shape_values
+from optc.backends.lowering.site import Site, Unsupported
+from optc.backends.lowering.table import Lower, outputs
+from optc.errors import UnsupportedModelError
+from optc.ir import provenance
+
+INLINE_CONSTANT_BYTES = 64
+"""Constants up to this size live in the code (so that kernels can be specialized); larger ones are weights."""
+INTEGER_TRACKING_LIMIT = 1024
+"""Integer constants of up to this many elements are tracked as shape values."""
+
+_DTYPES = {
+    oir.DataType.FLOAT: "float32",
+    oir.DataType.DOUBLE: "float64",
+    oir.DataType.FLOAT16: "float16",
+    oir.DataType.BFLOAT16: "bfloat16",
+    oir.DataType.INT8: "int8",
+    oir.DataType.INT16: "int16",
+    oir.DataType.INT32: "int32",
+    oir.DataType.INT64: "int64",
+    oir.DataType.UINT8: "uint8",
+    oir.DataType.UINT16: "uint16",
+    oir.DataType.UINT32: "uint32",
+    oir.DataType.UINT64: "uint64",
+    oir.DataType.BOOL: "bool",
+}
+
+
+@dataclass
+class Lowered:
+    """A Relax module with function ``main(inputs..., weights...)`` returning a tuple of the outputs."""
+
+    module: Any
+    weights: dict[str, np.ndarray]
+    input_names: list[str]
+    output_names: list[str]
+    kernels: dict[str, list[str]] = field(default_factory=dict)
+    """IR node names by the hint their kernels were emitted under."""
+
+
+def lower(model: oir.Model, table: Mapping[tuple[str, str], Lower]) -> Lowered:
+    """Lower ``model``; raises UnsupportedModelError naming every node that cannot be lowered, and why."""
+    return Lowerer(model, table).run()
+
+
+class Lowerer:
+    """The state of one lowering: builder, lowered values, known integers, weights, symbolic dimensions."""
+
+    def __init__(self, model: oir.Model, table: Mapping[tuple[str, str], Lower]) -> None:
+        self.model = model
+        self.table = table
+        self.builder = relax.BlockBuilder()
+        self.tensors: dict[oir.Value, Any] = {}
+        self.integers: dict[oir.Value, np.ndarray] = {}
+        self.weight_vars: dict[str, Any] = {}
+        self.weights: dict[str, np.ndarray] = {}
+        self.symbols: dict[Any, None] = {}
+        self.dims: dict[str, Any] = {}
+        self.refused: list[str] = []
+        self.poisoned: set[oir.Value] = set()
+        self.analyzer = tvm.arith.Analyzer()
+
+    def run(self) -> Lowered:
+        """Lower the whole model."""
+        graph = self.model.graph
+        inputs = [self._input(value) for value in graph.inputs if self._supported_input(value)]
+        if self.refused:
+            raise self._error()
+        with self.builder.function("main", pure=True):
+            self.graph(graph)
+            if self.refused:
+                self.builder.emit_func_output(relax.Tuple([]), params=[])
+                raise self._error()
+            results = relax.Tuple([self.tensor(value) for value in graph.outputs])
+            output = self.builder.emit(results)
+            self.builder.emit_func_output(output, params=[*inputs, *self.weight_vars.values()])
+        return Lowered(
+            self.builder.get(),
+            self.weights,
+            [str(v.name) for v in graph.inputs],
+            [str(v.name) for v in graph.outputs],
+        )
+
+    def graph(self, graph: oir.Graph) -> None:
+        """Lower the nodes of a graph or subgraph into the current block."""
+        for node in graph:
+            self._node(node)
+
+    def _node(self, node: oir.Node) -> None:
+        if any(value in self.poisoned for value in node.inputs if value is not None):
+            self.poisoned.update(node.outputs)
+            return
+        known = shape_values.evaluate(node, self)
+        if known is not None:
+            self.integers[node.outputs[0]] = known
+            return
+        try:
+            function = self.table.get((node.domain, node.op_type))
+            if function is None:
+                raise Unsupported("the operator is not supported")
+            results = outputs(function(Site(self, node)))
+        except Unsupported as refusal:
+            self.refused.append(f"{provenance.describe(node)}: {refusal}")
+            self.poisoned.update(node.outputs)
+            return
+        for value, result in zip(node.outputs, results, strict=False):
+            if result is not None:
+                self.tensors[value] = result
+
+    def _error(self) -> UnsupportedModelError:
+        listing = "\n".join(f"  - {line}" for line in self.refused)
+        return UnsupportedModelError(
+            f"{len(self.refused)} node(s) cannot be compiled:\n{listing}",
+            hint="`optc check MODEL` lists everything unsupported without compiling",
+        )
+
+    def _supported_input(self, value: oir.Value) -> bool:
+        if not isinstance(value.type, oir.TensorType) or value.dtype not in _DTYPES or value.shape is None:
+            self.refused.append(
+                f"input '{value.name}': type {value.type}, shape {value.shape} cannot be an input"
+            )
+            return False
+        return True
+
+    def _input(self, value: oir.Value) -> Any:
+        assert value.shape is not None
+        dims = [emission.as_index(d if isinstance(d, int) else self.dim(str(d.value))) for d in value.shape]
+        var = relax.Var(_identifier(value.name), relax.TensorType(dims, self.dtype(value)))
+        self.tensors[value] = var
+        return var
+
+    def dim(self, name: str) -> Any:
+        """Return the symbolic dimension called ``name``."""
+        if name not in self.dims:
+            self.dims[name] = self.symbol(name)
+        return self.dims[name]
+
+    def symbol(self, hint: str) -> Any:
+        """Return a fresh symbolic dimension (known to be >= 0)."""
+        taken = {str(v.name) for v in self.symbols}
+        stem = _identifier(hint)
+        name, count = stem, 0
+        while name in taken:
+            count += 1
+            name = f"{stem}_{count}"
+        var = tirx.Var(name, "int64")
+        self.symbols[var] = None
+        return var
+
+    def dtype(self, value: oir.Value) -> str:
+        """Return TVM's name of the element type of ``value``; refuses types that kernels do not have."""
+        name = _DTYPES.get(value.dtype) if value.dtype is not None else None
+        if name is None:
+            raise Unsupported(f"values of type {value.type} are not supported (value '{value.name}')")
+        return name
+
+    def constant(self, value: oir.Value) -> np.ndarray | None:
+        """Return the array of an initializer, or of known integers without symbols, else None."""
+        if value.is_initializer() and value.const_value is not None:
+            return value.const_value.numpy()
+        known = self.integers.get(value)
+        if known is not None and all(isinstance(v, int | bool) for v in known.flat):
+            return known.astype(self.dtype(value))
+        return None
+
+    def tensor(self, value: oir.Value) -> Any:
+        """Return ``value`` as a Relax tensor, emitting what is needed to make it one."""
+        found = self.tensors.get(value)
+        if found is not None:
+            return found
+        if value in self.integers:
+            array = self.constant(value)
+            made = self._materialize(self.integers[value], self.dtype(value)) if array is None else None
+            self.tensors[value] = made if made is not None else self._inline_or_weight(array, value)
+        elif (array := self.constant(value)) is not None:
+            self.dtype(value)
+            self.tensors[value] = self._inline_or_weight(array, value)
+        else:
+            raise Unsupported(f"input '{value.name}' was never computed")
+        return self.tensors[value]
+
+    def _inline_or_weight(self, array: Any, value: oir.Value) -> Any:
+        if array.nbytes <= INLINE_CONSTANT_BYTES and array.dtype.kind in "fiub" and array.size:
+            return relax.const(np.ascontiguousarray(array).reshape(array.shape), self.dtype(value))
+        return self.weight(array, str(value.name))
+
+    def weight(self, array: np.ndarray, name: str) -> Any:
+        """Return a parameter of ``main`` that the artifact binds to ``array``."""
+        if name not in self.weights:
+            self.weights[name] = array
+            dtype = array.dtype.name
+            self.weight_vars[name] = relax.Var(_identifier(name), relax.TensorType(array.shape, dtype))
+        return self.weight_vars[name]
+
+    def _materialize(self, known: np.ndarray, dtype: str) -> Any:
+        flat = [emission.as_index(v) for v in known.reshape(-1)]
+
+        def compute() -> Any:
+            def element(*index: Any) -> Any:
+                position: Any = tirx.IntImm("int64", 0)
+                for i, extent in zip(index, known.shape, strict=True):
+                    position = position * extent + i
+                result = flat[-1]
+                for k in range(len(flat) - 2, -1, -1):
+                    result = tirx.Select(position == k, flat[k], result)
+                return result.astype(dtype)
+
+            return te.compute(known.shape, element, "shape_values")
+
+        return emission.emit(self.builder, compute, [], "shape_values", self.symbols)
+
+    def elements(self, value: oir.Value) -> np.ndarray:
+        """Return the elements of an integer tensor as an object array of ints and expressions."""
+        if value in self.integers:
+            return self.integers[value]
+        array = self.constant(value)
+        if array is None:
+            tensor = self.tensor(value)
+            shape = emission.shape_of(tensor)
+            if len(shape) > 1 or any(not isinstance(d, int) for d in shape):
+                raise Unsupported(f"the length of '{value.name}' must be known while compiling")
+            if not shape:
+                tensor = self.reshape(tensor, [1])
+            known = np.array(self.bind_shape(tensor, str(value.name)), dtype=object)
+            self.integers[value] = known.reshape(shape)
+        else:
+            self.integers[value] = np.array(
+                [int(v) for v in array.reshape(-1)], dtype=object
+            ).reshape(array.shape)
+        return self.integers[value]
+
+    def bind_shape(self, tensor: Any, hint: str) -> list[Any]:
+        """Read a 1-D integer tensor of known length at run time into fresh symbolic dimensions."""
+        (length,) = emission.shape_of(tensor)
+        if not length:
+            return []
+        if str(tensor.ty.dtype) != "int64":
+
+            def widen(a: Any) -> Any:
+                return te.compute(a.shape, lambda i: a[i].astype("int64"), "widen")
+
+            tensor = emission.emit(self.builder, widen, [tensor], "cast", self.symbols)
+        shape = self.builder.emit(relax.op.tensor_to_shape(tensor))
+        symbols = [self.symbol(hint) for _ in range(length)]
+        self.builder.match_cast(shape, relax.ShapeType(symbols))
+        return symbols
+
+    def reshape(self, tensor: Any, shape: Sequence[Any]) -> Any:
+        """Return a view of ``tensor`` with another shape."""
+        return self.builder.emit(relax.op.reshape(tensor, [emission.as_index(d) for d in shape]))
+
+    def prove_equal(self, a: Any, b: Any) -> bool:
+        """Tell whether two dimensions are equal for every legal size."""
+        if isinstance(a, int) and isinstance(b, int):
+            return a == b
+        return bool(self.analyzer.can_prove_equal(emission.as_index(a), emission.as_index(b)))
+
+
+def _identifier(name: str | None) -> str:
+    text = re.sub(r"\W", "_", name or "v")
+    return text if re.match(r"[A-Za-z_]", text) else f"v{text}"

@@ -1,0 +1,222 @@
+"""Canonical form: what every pass and every backend may rely on, established in place.
+
+One opset for the whole model, functions inlined, constants as initializers of the outermost graph, unique names,
+explicit default attributes, named dimensions, inferred shapes, and the source of each node in its metadata.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import onnx_ir as oir
+from onnx_ir.passes.common import ShapeInferencePass
+from optc.frontend import (
+    schemas,
+    structure,
+    upgrade_rules_inputs,  # noqa: F401
+    upgrade_rules_resize,  # noqa: F401
+    upgrade_rules_semantics,  # noqa: F401
+)
+from optc.frontend.bind import name_input_dims
+from optc.frontend.names import make_unique
+from optc.frontend.upgrade import adapters, upgrade
+from optc.ir import CANONICAL_OPSET, IR_VERSION, dims, provenance, shapes
+
+# The imports register the adapters.
+from optc.errors import InvalidModelError, UnsupportedModelError
+
+Declared = dict[oir.Value, tuple[oir.Shape | None, oir.TypeProtocol | None]]
+
+
+def canonicalize(model: oir.Model) -> None:
+    """Bring ``model`` (opset 7 or newer) into canonical form, in place.
+
+    Raises:
+        InvalidModelError: the model breaks the ONNX specification.
+        UnsupportedModelError: an opset outside of what is supported, or operators of an old opset that have no
+            equivalent in the canonical one; names every such node.
+    """
+    _settle_imports(model)
+    _stamp(model)
+    for function in model.functions.values():
+        _state_versions(function.graph, function.opset_imports)
+    _state_versions(model.graph, model.graph.opset_imports)
+    structure.drop_default_inputs(model)
+    structure.sort(model)
+    structure.inline_functions(model)
+    schemas.check_nodes(model.graph.all_nodes())
+    _drop_missing(model)
+    structure.own_outputs(model)
+    structure.lift_constants(model)
+    values, nodes = make_unique(model)
+    name_input_dims(model)
+    declared = _forget_shapes(model)
+    target = max(CANONICAL_OPSET, model.opset_imports.get("", 0))
+    if _needs_types(model, target):
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    upgrade(model, target, values, nodes)
+    _drop_unused_outputs(model, target)
+    _state_defaults(model)
+    _forget_shapes(model)
+    shapes.infer(model)
+    if _recall(model, declared):
+        shapes.infer(model, keep_known=True)
+    _name_dims(model)
+    model.ir_version = IR_VERSION
+
+
+def _settle_imports(model: oir.Model) -> None:
+    """Give each domain one opset version, for the model and for each function."""
+    owners = [
+        ("the model", model.graph),
+        *((f"function {f.name}", f.graph) for f in model.functions.values()),
+    ]
+    functions = {domain for domain, _, _ in model.functions}
+    for owner, graph in owners:
+        imports = graph.opset_imports
+        alias = imports.pop("ai.onnx", None)
+        if alias is not None and imports.setdefault("", alias) != alias:
+            raise InvalidModelError(
+                f"{owner} imports opset {alias} and opset {imports['']} of the ONNX domain"
+            )
+        used = {node.domain for node in graph.all_nodes()}
+        for domain in sorted(used - set(imports)):
+            if domain not in functions:
+                raise InvalidModelError(
+                    f"{owner} uses operators of the domain '{domain or 'ai.onnx'}' and imports no opset of it",
+                    hint="the list of opset imports is incomplete or the file is cut off: export it again",
+                )
+        version = imports.get("", schemas.OLDEST_OPSET)
+        if not schemas.OLDEST_OPSET <= version <= schemas.NEWEST_OPSET:
+            raise UnsupportedModelError(
+                f"{owner} imports opset {version}; supported are {schemas.OLDEST_OPSET} to "
+                f"{schemas.NEWEST_OPSET}",
+                hint="export the model again with another opset",
+            )
+
+
+def _stamp(model: oir.Model) -> None:
+    """Record the origin of each node that has none; nodes of functions get that of the call when inlined."""
+    for index, node in enumerate(model.graph.all_nodes()):
+        if not provenance.sources(node):
+            provenance.stamp(node, node.name or f"{node.op_type}#{index}")
+
+
+def _state_versions(graph: oir.Graph, imports: dict[str, int]) -> None:
+    for node in graph.all_nodes():
+        node.version = imports.get(node.domain)
+
+
+def _drop_missing(model: oir.Model) -> None:
+    """Cut missing optional inputs and outputs off the end of the lists."""
+    for node in model.graph.all_nodes():
+        given = len(node.inputs)
+        while given and node.inputs[given - 1] is None:
+            given -= 1
+        if given < len(node.inputs):
+            node.resize_inputs(given)
+        found = _signature(node, node.version)
+        while found and len(node.outputs) - 1 in found.optional_outputs and not node.outputs[-1].name:
+            node.resize_outputs(len(node.outputs) - 1)
+
+
+def _drop_unused_outputs(model: oir.Model, target: int) -> None:
+    """Cut optional outputs that nothing reads off the end of the list."""
+    for node in model.graph.all_nodes():
+        found = _signature(node, target)
+        while (
+            found
+            and len(node.outputs) - 1 in found.optional_outputs
+            and not node.outputs[-1].uses()
+            and not node.outputs[-1].is_graph_output()
+        ):
+            node.resize_outputs(len(node.outputs) - 1)
+
+
+def _signature(node: oir.Node, version: int | None) -> schemas.Signature | None:
+    if node.domain != "" or version is None:
+        return None
+    return schemas.signature("", node.op_type, version)
+
+
+def _forget_shapes(model: oir.Model) -> Declared:
+    """Drop shapes and types of node outputs, which may be stale, and return what they were.
+
+    Outputs of custom operators keep theirs: nothing can infer them.
+    """
+    declared: Declared = {}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            declared[value] = (value.shape, value.type)
+            if node.domain == "":
+                value.shape = value.type = None
+    return declared
+
+
+def _recall(model: oir.Model, declared: Declared) -> bool:
+    """Give values for which inference found nothing the declared shape and type; tell whether there were any.
+
+    Of the declared names those stay that are dimensions of inputs.
+    """
+    recalled = False
+    known = dims.used_names(model.graph.inputs)
+    for value, (shape, kind) in declared.items():
+        if value.type is None and kind is not None:
+            value.type, recalled = kind, True
+        if value.shape is None and shape is not None:
+            names = [None if isinstance(dim, int) else dim.value for dim in shape]
+            sizes = [dim if not isinstance(dim, int) or dim >= 0 else None for dim in shape]
+            value.shape = oir.Shape(
+                [
+                    s if n is None or dims.names(n) <= known else None
+                    for n, s in zip(names, sizes, strict=True)
+                ]
+            )
+            recalled = True
+    return recalled
+
+
+def _name_dims(model: oir.Model) -> None:
+    """Give every dimension that is still anonymous a name of its own."""
+    values = list(dims.all_values(model.graph))
+    used = dims.used_names(values)
+    numbers = (f"_anonymous{count}" for count in itertools.count())
+    for value in values:
+        if value.shape is not None and value.shape.has_unknown_dim():
+            value.shape = oir.Shape(
+                [next(n for n in numbers if n not in used) if _anonymous(d) else d for d in value.shape]
+            )
+
+
+def _anonymous(dim: dims.Dim) -> bool:
+    return not isinstance(dim, int) and dim.value is None
+
+
+def _needs_types(model: oir.Model, target: int) -> bool:
+    """Tell whether an adapter would have to work without knowing the type or the rank of its input."""
+    return any(
+        node.version is not None
+        and node.version < target
+        and node.op_type in _TYPED
+        and adapters(node.op_type, node.version)
+        and node.inputs[0] is not None
+        and (node.inputs[0].shape is None or node.inputs[0].dtype is None)
+        for node in _standard(model)
+    )
+
+
+_TYPED = frozenset({"Clip", "Pad", "Softmax", "LogSoftmax", "Hardmax", "BatchNormalization"})
+
+
+def _standard(model: oir.Model) -> Iterable[oir.Node]:
+    return (node for node in model.graph.all_nodes() if node.domain == "")
+
+
+def _state_defaults(model: oir.Model) -> None:
+    for node in model.graph.all_nodes():
+        version = model.opset_imports.get(node.domain)
+        found = schemas.signature(node.domain, node.op_type, version) if version is not None else None
+        if found is not None:
+            for name, attribute in found.defaults.items():
+                node.attributes.setdefault(name, attribute)

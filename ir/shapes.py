@@ -1,0 +1,136 @@
+"""Symbolic shape inference over the operator rules of onnx-shape-inference, with our own walk over the graph.
+
+The rules of the library are used one node at a time. The walk is ours for three reasons:
+
+* rules that guess are corrected (``optc.ir.shape_rules``): a shape must be right or unknown;
+* types and shapes stored by an exporter are dropped first, so that stale sizes and names cannot leak;
+* nothing but shapes and types is left behind on the values.
+
+Shape objects may be shared between values: replace ``value.shape``, never edit it in place.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as oir
+from onnx_shape_inference import (
+    SYM_DATA_KEY,
+    OpUsageError,
+    ShapeInferenceContext,
+    ShapeInferenceError,
+    registry,
+)
+
+from optc.errors import InvalidModelError
+from optc.ir import provenance, shape_rules
+from optc.ir.dims import (
+    Dim,
+    all_values,
+    bind,
+    canonical,
+    dim_names,
+    from_expr,
+    name_input_dims,
+    subgraphs,
+    to_expr,
+    used_names,
+)
+
+__all__ = ["bind", "contents", "dim_names", "from_expr", "infer", "to_expr"]
+
+
+def infer(model: oir.Model, *, keep_known: bool = False) -> None:
+    """Infer the shape and type of every value, in place; functions must be inlined.
+
+    Anonymous and illegal dimensions of inputs get names first. Sizes that depend on data get fresh names
+    (``_d0``, ...). A value whose rank cannot be told keeps ``shape`` None. With ``keep_known`` the shapes that values
+    already have are trusted and only refined; otherwise shapes of all values but inputs and initializers
+    are inferred anew.
+
+    Raises InvalidModelError naming the node whose operands do not fit together.
+    """
+    _Inference(model, keep_known).run()
+
+
+def contents(model: oir.Model) -> dict[oir.Value, tuple[Dim, ...]]:
+    """Return what is known about integer vectors and scalars that are computed from shapes.
+
+    The result maps a node output of rank 0 or 1 to its elements, each an int or a symbolic dimension.
+    The shapes of the model must be known (``infer``); they are not changed.
+    """
+    inference = _Inference(model, keep_known=True)
+    inference.run()
+    return inference.context.contents()
+
+
+class _Context(ShapeInferenceContext):
+    """The state of one inference. Dimensions are kept in the language of ``optc.ir.dims``."""
+
+    def set_shape(self, value: oir.Value, shape: oir.Shape) -> bool:
+        return bool(super().set_shape(value, oir.Shape(canonical(shape.dims))))
+
+    def set_symbolic_value(self, value: oir.Value, data: list[Dim]) -> None:
+        super().set_symbolic_value(value, canonical(data))
+
+    def contents(self) -> dict[oir.Value, tuple[Dim, ...]]:
+        return {value: tuple(data) for value, data in self._symbolic_values.items()}
+
+
+class _Inference:
+    def __init__(self, model: oir.Model, keep_known: bool) -> None:
+        registry.collect()
+        self.graph = model.graph
+        self.keep_known = keep_known
+        self.context = _Context(model.opset_imports, policy="refine" if keep_known else "override")
+
+    def run(self) -> None:
+        used = name_input_dims(self.graph)
+        if self.keep_known:
+            used |= used_names(all_values(self.graph))
+        self.context.reserve_symbol_names(used)
+        scratch: list[oir.Value] = []
+        try:
+            self.walk(self.graph, scratch)
+        finally:
+            for value in scratch:
+                value.const_value = None
+                value.metadata_props.pop(SYM_DATA_KEY, None)
+
+    def walk(self, graph: oir.Graph, scratch: list[oir.Value]) -> None:
+        for value in graph.initializers.values():
+            if value.const_value is not None and value.shape != value.const_value.shape:
+                value.shape = oir.Shape(value.const_value.shape)
+        for node in graph:
+            scratch.extend(v for v in node.outputs if v.const_value is None)
+            if not self.keep_known:
+                for value in node.outputs:
+                    value.shape = None
+            self.infer_node(node, scratch)
+
+    def infer_node(self, node: oir.Node, scratch: list[oir.Value]) -> None:
+        context = self.context
+        for value in node.inputs:
+            if value is not None:
+                context.name_anonymous_dims(value)
+        try:
+            control = shape_rules.CONTROL_FLOW.get(node.op_type) if node.domain == "" else None
+            if control is not None:
+                control(context, node, lambda graph: self.walk(graph, scratch))
+                return
+            for graph in subgraphs(node):
+                self.walk(graph, scratch)
+            rule = registry.get(node.domain, node.op_type, context.get_opset_version(node.domain))
+            if rule is not None:
+                rule(context, node)
+                shape_rules.correct(context, node)
+        except (OpUsageError, ShapeInferenceError) as error:
+            raise InvalidModelError(
+                f"{provenance.describe(node)}: {error.message}; its inputs are {_describe_inputs(node)}",
+                hint="check the model with onnx.checker.check_model(path, full_check=True)",
+            ) from error
+
+
+def _describe_inputs(node: oir.Node) -> str:
+    return ", ".join(
+        "(none)" if v is None else f"{v.name}: {v.dtype}{list(map(str, v.shape)) if v.shape is not None else ''}"
+        for v in node.inputs
+    )
