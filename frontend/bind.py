@@ -117,14 +117,13 @@ def bind(model: oir.Model, input_shapes: InputShapes | None, sizes: Mapping[str,
             value.shape = oir.Shape([None if size == "?" else size for size in shape])
         elif len(shape) != len(value.shape):
             raise fail(f"'{text}' has {len(shape)} sizes, the input has {len(value.shape)}")
-        for axis, (dim, size) in enumerate(zip(value.shape, shape, strict=True)):
-            if size == "?" or dim == size:
+        for axis, (dim, wanted) in enumerate(zip(value.shape, shape, strict=True)):
+            if wanted == "?" or dim == wanted:
                 continue
             if isinstance(dim, int):
-                raise fail(f"size {axis} of '{text}' is {size}, the model fixes it to {dim}")
-            assert dim.value is not None
-            if dims.is_name(dim.value):
-                assign(dim.value, size, f"size {axis} of '{text}'")
+                raise fail(f"size {axis} of '{text}' is {wanted}, the model fixes it to {dim}")
+            if dim.value is not None and dims.is_name(dim.value):
+                assign(dim.value, wanted, f"size {axis} of '{text}'")
     for value in dims.all_values(model.graph):
         _rename(value, renamed)
     try:
@@ -134,9 +133,9 @@ def bind(model: oir.Model, input_shapes: InputShapes | None, sizes: Mapping[str,
     for name, shape in (input_shapes or {}).items():
         result = inputs[name].shape
         assert result is not None
-        for axis, (dim, size) in enumerate(zip(result, shape, strict=True)):
-            if size not in ("?", dim):
-                raise fail(f"size {axis} of input '{name}' is {size}, but its dimensions make it {dim}")
+        for axis, (dim, wanted) in enumerate(zip(result, shape, strict=True)):
+            if wanted not in ("?", dim):
+                raise fail(f"size {axis} of input '{name}' is {wanted}, but its dimensions make it {dim}")
 
 
 def _rename(value: oir.Value, renamed: Mapping[str, str]) -> None:

@@ -1,7 +1,8 @@
 """Canonical form: what every pass and every backend may rely on, established in place.
 
-One opset for the whole model, functions inlined, constants as initializers of the outermost graph, unique names,
-explicit default attributes, named dimensions, inferred shapes, and the source of each node in its metadata.
+One opset for the whole model, functions inlined, constants as initializers of the outermost graph, unique
+names, explicit default attributes, named dimensions, inferred shapes, and the source of each node in its
+metadata.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from optc.frontend import (
     schemas,
     structure,
     upgrade_rules_inputs,  # noqa: F401
+    upgrade_rules_opset6,
     upgrade_rules_resize,  # noqa: F401
     upgrade_rules_semantics,  # noqa: F401
 )
@@ -34,8 +36,8 @@ def canonicalize(model: oir.Model) -> None:
 
     Raises:
         InvalidModelError: the model breaks the ONNX specification.
-        UnsupportedModelError: an opset outside of what is supported, or operators of an old opset that have no
-            equivalent in the canonical one; names every such node.
+        UnsupportedModelError: an opset outside of what is supported, or operators of an old opset that have
+            no equivalent in the canonical one; names every such node.
     """
     _settle_imports(model)
     _stamp(model)
@@ -61,8 +63,8 @@ def canonicalize(model: oir.Model) -> None:
     _forget_shapes(model)
     shapes.infer(model)
     if _recall(model, declared):
+        _name_dims(model)
         shapes.infer(model, keep_known=True)
-    _name_dims(model)
     model.ir_version = IR_VERSION
 
 
@@ -84,7 +86,7 @@ def _settle_imports(model: oir.Model) -> None:
         for domain in sorted(used - set(imports)):
             if domain not in functions:
                 raise InvalidModelError(
-                    f"{owner} uses operators of the domain '{domain or 'ai.onnx'}' and imports no opset of it",
+                    f"{owner} uses operators of domain '{domain or 'ai.onnx'}' and imports no opset of it",
                     hint="the list of opset imports is incomplete or the file is cut off: export it again",
                 )
         version = imports.get("", schemas.OLDEST_OPSET)
@@ -165,16 +167,15 @@ def _recall(model: oir.Model, declared: Declared) -> bool:
         if value.type is None and kind is not None:
             value.type, recalled = kind, True
         if value.shape is None and shape is not None:
-            names = [None if isinstance(dim, int) else dim.value for dim in shape]
-            sizes = [dim if not isinstance(dim, int) or dim >= 0 else None for dim in shape]
-            value.shape = oir.Shape(
-                [
-                    s if n is None or dims.names(n) <= known else None
-                    for n, s in zip(names, sizes, strict=True)
-                ]
-            )
+            value.shape = oir.Shape([dim if _is_known(dim, known) else None for dim in shape])
             recalled = True
     return recalled
+
+
+def _is_known(dim: dims.Dim, known: set[str]) -> bool:
+    if isinstance(dim, int):
+        return dim >= 0
+    return dim.value is not None and dims.names(dim.value) <= known
 
 
 def _name_dims(model: oir.Model) -> None:
@@ -200,17 +201,22 @@ def _needs_types(model: oir.Model, target: int) -> bool:
         and node.version < target
         and node.op_type in _TYPED
         and adapters(node.op_type, node.version)
-        and node.inputs[0] is not None
-        and (node.inputs[0].shape is None or node.inputs[0].dtype is None)
+        and any(value is not None and (value.shape is None or value.dtype is None) for value in node.inputs)
         for node in _standard(model)
     )
 
 
-_TYPED = frozenset({"Clip", "Pad", "Softmax", "LogSoftmax", "Hardmax", "BatchNormalization"})
+_TYPED = frozenset({"Clip", "Pad", "Softmax", "LogSoftmax", "Hardmax", "BatchNormalization", "PRelu"}).union(
+    upgrade_rules_opset6.BROADCASTING
+)
 
 
 def _standard(model: oir.Model) -> Iterable[oir.Node]:
     return (node for node in model.graph.all_nodes() if node.domain == "")
+
+
+# onnxruntime accepts models of opset 26 but not yet these attributes of opset 25.
+_IMPLIED = frozenset({("Attention", "left_window_size"), ("Attention", "right_window_size")})
 
 
 def _state_defaults(model: oir.Model) -> None:
@@ -219,4 +225,5 @@ def _state_defaults(model: oir.Model) -> None:
         found = schemas.signature(node.domain, node.op_type, version) if version is not None else None
         if found is not None:
             for name, attribute in found.defaults.items():
-                node.attributes.setdefault(name, attribute)
+                if (node.op_type, name) not in _IMPLIED:
+                    node.attributes.setdefault(name, attribute)

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import google.protobuf.message
 import onnx
 import onnx_ir as oir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from optc.frontend import proto, structure
 from optc.frontend.bind import InputShapes, bind, name_input_dims
 from optc.frontend.canonicalize import canonicalize
@@ -22,17 +22,17 @@ def load(
     input_shapes: InputShapes | None = None,
     dims: Mapping[str, int] | None = None,
 ) -> oir.Model:
-    """Load a model of opset 7 or newer into canonical IR.
+    """Load a model of opset 6 or newer into canonical IR.
 
-    ``input_shapes`` fixes inputs: a size is a number, a name, or ``?`` for what the model says. ``dims`` binds
-    named dimensions. What is bound to nothing stays symbolic. External data is memory-mapped when it is read.
-    An ``oir.Model`` is edited in place and returned.
+    ``input_shapes`` fixes inputs: a size is a number, a name, or ``?`` for what the model says. ``dims``
+    binds named dimensions. What is bound to nothing stays symbolic. External data is memory-mapped when it
+    is read. An ``oir.Model`` is edited in place and returned.
 
     Raises:
         UsageError: no such file, or shapes that do not fit the inputs.
         InvalidModelError: not an ONNX model, a truncated one, external data that is missing or outside of the
             model's directory, or a model that breaks the ONNX specification.
-        UnsupportedModelError: an opset outside of 7 to the newest, or operators without canonical equivalent.
+        UnsupportedModelError: an opset outside of 6 to the newest, or operators without canonical equivalent.
     """
     name = str(source) if isinstance(source, str | os.PathLike) else None
     try:
@@ -62,7 +62,7 @@ def _from_file(path: Path) -> oir.Model:
         message = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
-    except (google.protobuf.message.DecodeError, ValueError, onnx.parser.ParseError) as error:
+    except (DecodeError, ValueError, onnx.parser.ParseError) as error:
         raise InvalidModelError("the file is truncated or not an ONNX model") from error
     return _from_proto(message, path.absolute().parent)
 
@@ -86,7 +86,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _check_external_data(model: oir.Model) -> None:
-    """Check that every external tensor is a present and large enough part of a file below the model's directory.
+    """Check that every external tensor is part of a file below the model's directory and not cut off.
 
     The tensors themselves stay unread.
     """

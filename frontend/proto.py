@@ -15,22 +15,20 @@ def check(model: onnx.ModelProto) -> None:
     """Check that ``model`` is complete and that every name has one definition.
 
     Raises:
-        InvalidModelError: no graph, no opset, contradictory opset imports, a name defined twice in one graph, or
-            weights of the wrong length.
+        InvalidModelError: no graph, no opset, contradictory opset imports, a name defined twice in one
+            graph, or weights of the wrong length.
     """
     if not model.HasField("graph") or not (model.graph.node or model.graph.output):
-        raise InvalidModelError(
-            "the model has no graph or an empty one: the file is truncated or not an ONNX model"
-        )
+        raise InvalidModelError("no graph or an empty one: the file is truncated or not an ONNX model")
     if not model.opset_import:
-        raise InvalidModelError("the model imports no opset: the file is truncated or not an ONNX model")
+        raise InvalidModelError("no opset imports: the file is truncated or not an ONNX model")
     versions: dict[str, int] = {}
     for entry in model.opset_import:
         domain = "" if entry.domain == "ai.onnx" else entry.domain
         if versions.setdefault(domain, entry.version) != entry.version:
             raise InvalidModelError(
-                f"the model imports the domain '{domain or 'ai.onnx'}' at opset {versions[domain]} and at opset "
-                f"{entry.version}"
+                f"the model imports opset {versions[domain]} and opset {entry.version} of the domain "
+                f"'{domain or 'ai.onnx'}'"
             )
     complaints: list[str] = []
     for graph in _graphs(model.graph):
@@ -93,7 +91,7 @@ def _redefinitions(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def _wrong_length(tensor: onnx.TensorProto) -> str | None:
-    """Compare the bytes of ``tensor`` with its shape and type; external and typed data is checked elsewhere."""
+    """Compare the number of bytes of ``tensor`` with its shape and type."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL or not tensor.HasField("raw_data"):
         return None
     if tensor.data_type not in onnx.TensorProto.DataType.values():

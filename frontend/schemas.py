@@ -12,7 +12,7 @@ from optc.ir import provenance
 
 from optc.errors import InvalidModelError
 
-OLDEST_OPSET = 7
+OLDEST_OPSET = 6
 NEWEST_OPSET: int = onnx.defs.onnx_opset_version()
 
 

@@ -53,13 +53,14 @@ def _name_outputs(function: oir.Function) -> None:
 
 def _identity(graph: oir.Graph, value: oir.Value) -> oir.Value:
     node = oir.node("Identity", [value])
+    provenance.stamp(node, value.name or "")
     node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
     graph.append(node)
     return node.outputs[0]
 
 
 def drop_default_inputs(model: oir.Model) -> None:
-    """Turn inputs that have a default value (every weight, before ONNX IR version 4) into plain initializers."""
+    """Turn inputs with a default value (before ONNX IR version 4, every weight) into plain initializers."""
     for graph in graphs(model):
         weights = set(graph.initializers.values())
         kept = [value for value in graph.inputs if value not in weights]
@@ -69,19 +70,17 @@ def drop_default_inputs(model: oir.Model) -> None:
 
 
 def own_outputs(model: oir.Model) -> None:
-    """Make every graph output the output of a node of that graph, and no two the same value, by Identity nodes."""
+    """Let distinct nodes of a graph compute its outputs, Identity nodes where there are none."""
     for graph in graphs(model):
         seen: set[oir.Value] = set()
         for index, output in enumerate(graph.outputs):
             producer = output.producer()
             if output in seen or producer is None or producer.graph is not graph or _is_constant(producer):
-                copy = _identity(graph, output)
-                graph.outputs[index] = copy
+                copy = graph.outputs[index] = _identity(graph, output)
                 if output in seen or output.is_graph_input():
                     copy.name = f"{output.name}_output"
                 else:
                     copy.name, output.name = output.name, f"{output.name}_source"
-                provenance.stamp(copy.producer(), copy.name or "")
             seen.add(output)
 
 
@@ -103,7 +102,7 @@ def lift_constants(model: oir.Model) -> None:
                 tensor = _constant_tensor(node)
                 new = oir.Value(
                     name=old.name,
-                    shape=oir.Shape(tensor.shape),
+                    shape=oir.Shape(tensor.shape.numpy()),
                     type=oir.TensorType(tensor.dtype),
                     const_value=tensor,
                 )

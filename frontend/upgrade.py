@@ -1,9 +1,9 @@
-"""Upgrade of the default domain from opset 7 and newer to the canonical opset, by a table of adapters.
+"""Upgrade of the default domain from old opsets to the canonical opset, by a table of adapters.
 
-An adapter is registered for an operator and the opset that changed it (``@until(13, "Squeeze")``): it rewrites
-a node of an older version into nodes with the meaning of that opset. A node runs through its adapters in
-ascending order. Operators without adapter kept their meaning: newer versions only added types or attributes
-whose default is the old behaviour (checked against ``onnx.defs`` by the tests).
+An adapter is registered for an operator and the opset that changed it (``@until(13, "Squeeze")``): it
+rewrites a node of an older version into nodes with the meaning of that opset. A node runs through its
+adapters in ascending order. Operators without adapter kept their meaning: newer versions only added types or
+attributes whose default is the old behaviour (checked against ``onnx.defs`` by the tests).
 """
 
 from __future__ import annotations
@@ -73,6 +73,13 @@ class Edit:
         assert value is not None
         return value
 
+    def rank(self, index: int) -> int:
+        """Return the rank of a required input."""
+        shape = self.input(index).shape
+        if shape is None:
+            raise Refused(f"the rank of input {index} is not known")
+        return len(shape)
+
     def take(self, name: str) -> oir.Attr | None:
         """Remove an attribute and return it, or None if the node has none of that name."""
         return self.node.attributes.pop(name, None)
@@ -112,7 +119,7 @@ class Edit:
         """Add a scalar of the type of ``like``, by a CastLike node where that is not known yet."""
         if like.dtype is not None:
             return self.constant(np.asarray(number).astype(like.dtype.numpy()), hint)
-        return self.op("CastLike", self.constant(np.float32(number).reshape(()), hint), like)
+        return self.op("CastLike", self.constant(np.asarray(number, np.float32), hint), like)
 
     def op(self, op_type: str, *inputs: oir.Value | None, **attributes: AttributeValue) -> oir.Value:
         """Insert a node with one output before the node that is upgraded."""

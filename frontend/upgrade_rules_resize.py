@@ -43,7 +43,7 @@ def resize_10(edit: Edit) -> None:
     elif known is not None and bool((known <= 1).all()):
         edit.set("nearest_mode", "ceil")
     else:
-        one = edit.constant(np.float32(1).reshape(()), "one")
+        one = edit.constant(np.asarray(1, np.float32), "one")
         data = edit.op(
             "Resize",
             data,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as oir
 
-from optc.errors import IRError, InvalidModelError
+from optc.errors import InvalidModelError, IRError
 
 if TYPE_CHECKING:
     import sympy
@@ -328,10 +328,10 @@ def _is_expression(text: str) -> bool:
 
 
 def canonical(dims: Iterable[Dim]) -> list[Dim]:
-    """Bring expressions to one form: no ceilings, floors merged."""
+    """Bring expressions to one form: a constant is an int, there are no ceilings, floors are merged."""
     return [d if isinstance(d, int) or d.value is None else _canonical(d.value) for d in dims]
 
 
 @lru_cache(maxsize=65536)
 def _canonical(text: str) -> Dim:
-    return from_expr(_parse(text)) if "floor" in text or "ceiling" in text else oir.SymbolicDim(text)
+    return oir.SymbolicDim(text) if is_name(text) else from_expr(_parse(text))

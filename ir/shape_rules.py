@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as oir
 from onnx_shape_inference import ShapeInferenceContext
-
-from optc.errors import InvalidModelError
 from optc.ir import provenance
 from optc.ir.dims import Dim, from_expr, to_expr
+
+from optc.errors import InvalidModelError
 
 Walk = Callable[[oir.Graph], None]
 
 # Operators whose output shape is the broadcast of all their input shapes.
 _BROADCASTING = frozenset(
-    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min "
-    "Mod Mul Or Pow Sub Sum Where Xor".split()
+    ["Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor"]
 )
 
 

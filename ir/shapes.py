@@ -19,8 +19,6 @@ from onnx_shape_inference import (
     ShapeInferenceError,
     registry,
 )
-
-from optc.errors import InvalidModelError
 from optc.ir import provenance, shape_rules
 from optc.ir.dims import (
     Dim,
@@ -34,6 +32,8 @@ from optc.ir.dims import (
     to_expr,
     used_names,
 )
+
+from optc.errors import InvalidModelError
 
 __all__ = ["bind", "contents", "dim_names", "from_expr", "infer", "to_expr"]
 

@@ -1,1 +1,41 @@
-"""optc: compile neural networks into one verified, self-contained artifact."""
+"""optc: compile neural networks into one verified, self-contained artifact.
+
+    artifact = optc.compile("model.onnx", target="cpu")
+    artifact.save("model.optc")
+    outputs = optc.load("model.optc").run({"x": x})
+
+Names are resolved on first use, so that ``import optc`` and ``optc.load`` never import the compiler.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "compile": "optc.driver",
+    "optimize": "optc.driver",
+    "check": "optc.driver",
+    "capture": "optc.capture",
+    "load": "optc.runtime",
+    "Model": "optc.runtime",
+    "Artifact": "optc.backends.artifact",
+    "OptcError": "optc.errors",
+}
+
+__all__ = ["Artifact", "Model", "OptcError", "capture", "check", "compile", "load", "optimize"]
+
+if TYPE_CHECKING:
+    from optc.backends.artifact import Artifact
+    from optc.capture import capture
+    from optc.driver import check, compile, optimize
+    from optc.errors import OptcError
+    from optc.runtime import Model, load
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'optc' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)

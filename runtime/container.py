@@ -103,9 +103,9 @@ def read_directory(data: memoryview) -> dict[str, memoryview]:
     if layout.size != len(data):
         raise ArtifactError(f"the artifact has {len(data)} bytes where its directory describes {layout.size}")
     for entry, header, offset in zip(entries, layout.headers, layout.offsets, strict=True):
-        if data[offset - len(header) : offset] != header:
+        if bytes(data[offset - len(header) : offset]) != header:
             raise ArtifactError(f"the artifact is damaged: the header of {entry.name} is wrong")
-    if data[-len(layout.tail) :] != layout.tail:
+    if bytes(data[-len(layout.tail) :]) != layout.tail:
         raise ArtifactError("the artifact is damaged: its directory is wrong")
     return {
         entry.name: data[offset : offset + entry.size]
@@ -129,7 +129,7 @@ def _parse_directory(data: memoryview) -> list[Entry]:
         "the file is truncated or is not an optc artifact",
         hint="copy it again, or compile the model again",
     )
-    if len(data) < _END.size or data[-_END.size :][:4] != b"PK\5\6":
+    if len(data) < _END.size or bytes(data[-_END.size :][:4]) != b"PK\5\6":
         raise not_one
     _, _, _, _, count, size, start, _ = _END.unpack(data[-_END.size :])
     if count > _MAX_ENTRIES or start + size + _END.size != len(data):

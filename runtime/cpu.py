@@ -8,14 +8,15 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from optc.errors import TargetMismatchError
 from optc.runtime.format import Target
+
+from optc.errors import TargetMismatchError
 
 _ARCHITECTURES = {"amd64": "x86_64", "x86-64": "x86_64", "arm64": "aarch64"}
 
 _SAME_NAME = (
-    "avx avx2 avx512f avx512cd avx512bw avx512dq avx512vl avx512ifma avx512vbmi fma fma4 f16c xop bmi2 adx aes "
-    "popcnt movbe cx16 sse sse2 ssse3 sse4a gfni vaes vpclmulqdq tbm"
+    "avx avx2 avx512f avx512cd avx512bw avx512dq avx512vl avx512ifma avx512vbmi fma fma4 f16c xop bmi2 adx "
+    "aes popcnt movbe cx16 sse sse2 ssse3 sse4a gfni vaes vpclmulqdq tbm"
 )
 X86_FLAGS = {name: name for name in _SAME_NAME.split()} | {
     "sse3": "pni",
@@ -66,10 +67,18 @@ ARM_FLAGS = {
     "sve2": "sve2",
     "sme": "sme",
     "sme2": "sme2",
+    "sve-aes": "sveaes",
+    "sve-bitperm": "svebitperm",
+    "sve-sha3": "svesha3",
+    "sve-sm4": "svesm4",
+    "sve2-aes": "sveaes",
+    "sve2-bitperm": "svebitperm",
+    "sve2-sha3": "svesha3",
+    "sve2-sm4": "svesm4",
 }
-"""Flag in /proc/cpuinfo of each LLVM feature of 64-bit ARM that a compiler emits instructions of by itself."""
+"""The same for 64-bit ARM."""
 
-_VECTOR_FAMILIES = ("sse", "avx", "amx", "sve", "sme")
+_VECTOR_FAMILIES = ("sse4", "avx", "amx", "sve", "sme")
 
 _TABLES = {"x86_64": X86_FLAGS, "aarch64": ARM_FLAGS}
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine
@@ -107,7 +116,7 @@ def missing_features(features: Iterable[str]) -> list[str]:
 
 
 def check_target(target: Target, code: bytes | memoryview) -> None:
-    """Raise TargetMismatchError unless this machine can run ``code``, a shared library made for ``target``."""
+    """Raise TargetMismatchError unless this machine can run ``code``, a library made for ``target``."""
     wanted, here = architecture(target.triple), os.uname().machine
     hint = "compile the model for this machine, for instance with --target cpu"
     if wanted != here or not sys.platform.startswith("linux") or "linux" not in target.triple:

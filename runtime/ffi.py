@@ -7,6 +7,7 @@ where PyTorch is installed. ctypes also releases the GIL during each call.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -130,6 +131,8 @@ def library() -> ctypes.CDLL:
     """Load TVM's runtime libraries, once per process, and return the one with the C ABI."""
     if not sys.platform.startswith("linux"):
         raise OptcError(f"compiled models run on Linux only, not on {sys.platform}")
+    # TVM would pin the calling thread and its own to fixed cores, the same ones in every process.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
     ours, tvm = library_folder("tvm_ffi"), library_folder("tvm")
     try:
         abi = ctypes.CDLL(str(ours / "libtvm_ffi.so"), ctypes.RTLD_GLOBAL)
@@ -173,7 +176,7 @@ def global_function(name: str) -> Ref:
     """Return a function registered under ``name``; raises OptcError if there is none."""
     text = name.encode()
     handle = ctypes.c_void_p()
-    key = _Bytes(ctypes.cast(text, ctypes.c_void_p), len(text))
+    key = _Bytes(ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p), len(text))
     check(library().TVMFFIFunctionGetGlobal(ctypes.byref(key), ctypes.byref(handle)))
     if not handle.value:
         raise MissingDependencyError(f"TVM's runtime has no function {name!r}", hint=_INSTALL)
@@ -195,7 +198,8 @@ def pack(args: Sequence[Ref | Value | int | str | bool | None]) -> tuple[ctypes.
             value.type_index, value.content = INT, arg
         elif isinstance(arg, str):
             keep.append(arg.encode())
-            value.type_index, value.content = RAW_STR, ctypes.cast(keep[-1], ctypes.c_void_p).value or 0
+            start = ctypes.cast(ctypes.c_char_p(keep[-1]), ctypes.c_void_p).value
+            value.type_index, value.content = RAW_STR, start or 0
     return values, keep
 
 

@@ -85,6 +85,7 @@ class Target:
     the number of threads it was built for, if that was fixed.
     """
 
+    kind: str
     triple: str
     cpu: str
     features: tuple[str, ...] = ()
@@ -93,7 +94,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything manifest.json states. The function ``entry`` takes the inputs, then the weights, in order."""
+    """All of manifest.json. The function ``entry`` takes the inputs, then the weights, in order."""
 
     producer: dict[str, str]
     target: Target
@@ -117,7 +118,7 @@ class Manifest:
 
 
 def canonical_json(value: object) -> bytes:
-    """Return ``value`` as JSON with sorted keys and a final newline; raises ValueError for NaN and infinity."""
+    """Return ``value`` as JSON with sorted keys; raises ValueError for NaN and infinity."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
 
@@ -162,6 +163,7 @@ def parse_manifest(data: bytes) -> Manifest:
     manifest = Manifest(
         producer=_dict(root["producer"], "producer", _text),
         target=Target(
+            kind=_name(target["kind"], "target.kind"),
             triple=_name(target["triple"], "target.triple"),
             cpu=_text(target["cpu"], "target.cpu"),
             features=_tuple(target["features"], "target.features", _name),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from optc.backends.base import Target
+
 from optc.errors import MissingDependencyError, OptcError
 
 _FLAGS = ["-shared", "-fPIC", "-nostdlib", "-Wl,--build-id=none", "-Wl,-z,noexecstack"]

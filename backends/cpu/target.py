@@ -11,10 +11,10 @@ import os
 from functools import cache
 from typing import Any
 
+from optc.backends.base import Target
 from tvm.target import Target as TvmTarget
 from tvm.target import codegen
 
-from optc.backends.base import Target
 from optc.errors import UsageError
 
 X86_TRIPLE = "x86_64-linux-gnu"
@@ -24,7 +24,16 @@ _ALIASES = {
     "arm64": f"{ARM_TRIPLE}:generic:+neon",
     "riscv64": "riscv64-linux-gnu:generic-rv64:+m,+a,+f,+d,+c",
 }
-EXAMPLES = ("cpu", "x86-64-v2", "x86-64-v3", "x86-64-v4", "znver3", "aarch64", f"{ARM_TRIPLE}:cortex-a76", "riscv64")
+EXAMPLES = (
+    "cpu",
+    "x86-64-v2",
+    "x86-64-v3",
+    "x86-64-v4",
+    "znver3",
+    "aarch64",
+    f"{ARM_TRIPLE}:cortex-a76",
+    "riscv64",
+)
 
 
 def resolve(name: str) -> Target:

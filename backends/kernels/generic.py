@@ -14,9 +14,8 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import s_tir, tirx
-
 from optc.backends.base import Target
+from tvm import s_tir, tirx
 
 PARALLEL_WORK = 32768
 """Scalar operations below which starting a second thread costs more than it gains (about 10 us)."""
@@ -51,7 +50,9 @@ def _regular(sch: Any, block: Any) -> bool:
     if sch.get_child_blocks(block):
         return False
     iters = sch.get(block).iter_vars
-    return {int(v.iter_type) for v in iters} <= {_SPATIAL, _REDUCTION} and len(sch.get_loops(block)) == len(iters)
+    return {int(v.iter_type) for v in iters} <= {_SPATIAL, _REDUCTION} and len(sch.get_loops(block)) == len(
+        iters
+    )
 
 
 def _lanes(sch: Any, blocks: list[Any], target: Target) -> int:

@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from optc.backends.lowering.emit import as_index
 from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812
-
-from optc.backends.lowering.emit import as_index
 
 
 class Cells:
@@ -47,9 +46,10 @@ def procedure(
 
     def generate(ins: Any, outs: Any) -> Any:
         with IRBuilder() as builder:
+            # The builder wants one statement at the root; the scope around them is dropped again.
             with T.seq_scope():
                 body([Cells(b) for b in ins], [Cells(b) for b in outs])
-            return builder.get()
+            return builder.get().body
 
     shapes = [[as_index(d) for d in shape] for shape, _ in outputs]
     return te.extern(shapes, list(inputs), generate, name=name, dtype=[dtype for _, dtype in outputs])
@@ -59,26 +59,21 @@ def procedure(
 def loop(*extents: Any, kind: str = "serial") -> Iterator[Any]:
     """Nested loops from 0 to each extent; gives a tuple of loop variables (``kind``: serial, parallel, ...)."""
     frames = [getattr(T, kind)(0, as_index(extent)) for extent in extents]
-    variables = [frame.__enter__() for frame in frames]
-    scope = T.seq_scope()
-    scope.__enter__()
-    yield tuple(variables)
-    scope.__exit__(None, None, None)
-    for frame in reversed(frames):
-        frame.__exit__(None, None, None)
+    with ExitStack() as stack:
+        yield tuple(stack.enter_context(frame) for frame in frames)
 
 
 @contextmanager
 def when(condition: Any) -> Iterator[None]:
     """Run the statements of the block if ``condition`` holds."""
-    with T.If(condition), T.Then(), T.seq_scope():
+    with T.If(condition), T.Then():
         yield
 
 
 @contextmanager
 def repeat_while(condition: Any) -> Iterator[None]:
     """Repeat the statements of the block while ``condition`` holds."""
-    with T.While(condition), T.seq_scope():
+    with T.While(condition):
         yield
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as oir
 import tvm
-from tvm import relax, te, tirx
-
 from optc.backends.lowering import emit as emission
 from optc.backends.lowering import shape_values
 from optc.backends.lowering.site import Site, Unsupported
 from optc.backends.lowering.table import Lower, outputs
-from optc.errors import UnsupportedModelError
 from optc.ir import provenance
+from tvm import relax, te, tirx
+
+from optc.errors import UnsupportedModelError
 
 INLINE_CONSTANT_BYTES = 64
 """Constants up to this size live in the code (so that kernels can be specialized); larger ones are weights."""

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as oir
-from tvm import relax, tirx
-
 from optc.backends.lowering import emit as emission
+from tvm import relax, tirx
 
 if TYPE_CHECKING:
     from optc.backends.lowering.lower import Lowerer

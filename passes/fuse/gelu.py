@@ -1,7 +1,7 @@
 """Gelu, exact and by tanh, in the spellings of PyTorch, TensorFlow and Paddle (Gelu-20, arXiv:1606.08415).
 
-The whole expression is read as a polynomial in ``x`` and ``t = erf(...)`` or ``tanh(...)``: the order of factors,
-Div against Mul, and ``pow(x, 3)`` against ``x * x * x`` do not matter.
+The whole expression is read as a polynomial in ``x`` and ``t = erf(...)`` or ``tanh(...)``: the order of
+factors, Div against Mul, and ``pow(x, 3)`` against ``x * x * x`` do not matter.
 """
 
 from __future__ import annotations

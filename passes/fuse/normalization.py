@@ -1,7 +1,7 @@
 """Layer, RMS, instance and group normalization spelled in elementary operators.
 
-The rules compose: the core (``d / sqrt(var + eps)``) becomes a normalization with scale 1, then a multiplication and
-an addition that follow become its scale and bias, then casts around it become its ``stash_type``.
+The rules compose: the core (``d / sqrt(var + eps)``) becomes a normalization with scale 1; a product and a
+sum that follow become its scale and bias; casts around it become its ``stash_type``.
 LayerNormalization-17 (arXiv:1607.06450), RMSNormalization-23 (arXiv:1910.07467), InstanceNormalization-22
 (arXiv:1607.08022), GroupNormalization-21 (arXiv:1803.08494).
 """
@@ -49,7 +49,7 @@ def _centered(value: oir.Value | None) -> tuple[oir.Value, tuple[int, ...]] | No
 
 
 def _square(value: oir.Value) -> oir.Value | None:
-    """Return ``d`` if ``value`` is ``d * d`` or ``d ** 2``; for ``(x-m)*(x-m)`` computed twice, one of them."""
+    """Return ``d`` if ``value`` is ``d * d`` or ``d ** 2``; ``(x-m)*(x-m)`` may be computed twice."""
     node = producer(value, "Mul", "Pow")
     if node is None or node.inputs[0] is None:
         return None
@@ -114,11 +114,10 @@ def _normalized(
     trailing = axes == tuple(range(rank - len(axes), rank))
     sizes = [d for d in x.shape[axes[0] :] if isinstance(d, int)]
     if trailing and len(sizes) == len(axes):
-        scale = scale or ops.constant(np.ones(sizes, dtype), "scale")
-        if core.centered:
-            extra = [bias] if bias is not None else []
-            return Rewrite([ops("LayerNormalization", x, scale, *extra, **_attributes(core))])
-        return Rewrite([ops("RMSNormalization", x, scale, **_attributes(core))])
+        inputs = [x, scale or ops.constant(np.ones(sizes, dtype), "scale"), *([bias] if bias else [])]
+        op_type = "LayerNormalization" if core.centered else "RMSNormalization"
+        stash = oir.DataType.DOUBLE if x.dtype == oir.DataType.DOUBLE else oir.DataType.FLOAT
+        return Rewrite([ops(op_type, *inputs, axis=axes[0], epsilon=core.epsilon, stash_type=int(stash))])
     channels = x.shape[1] if rank > 2 else None
     if core.centered and axes == tuple(range(2, rank)) and isinstance(channels, int) and scale is None:
         ones, zeros = np.ones(channels, dtype), np.zeros(channels, dtype)
@@ -129,13 +128,9 @@ def _normalized(
     return Miss(f"the size of the normalized dimensions is not known: {x.shape}")
 
 
-def _attributes(core: _Core) -> dict[str, int | float]:
-    return {"axis": core.axes[0], "epsilon": core.epsilon, "stash_type": 1}
-
-
 @rule("d/sqrt(mean(d^2)+eps) => LayerNormalization|RMSNormalization", "Div", "Mul")
 def normalization(node: oir.Node, ops: Ops) -> Outcome:
-    """Fuse the core: layer (or instance) normalization where ``d = x - mean(x)``, RMS normalization otherwise."""
+    """Fuse the core: layer (or instance) normalization where ``d = x - mean(x)``, else RMS normalization."""
     core = _core(node)
     if core is None or not is_float(core.x):
         return None
@@ -183,7 +178,7 @@ def _tensorflow_core(
 
 
 def _parameter(ops: Ops, core: _Core, value: oir.Value | None) -> oir.Value | None:
-    """Return ``value`` with exactly the shape of the normalized dimensions, or None where it cannot have it."""
+    """Return ``value`` in exactly the shape of the normalized dimensions, or None where it has another."""
     assert core.x.shape is not None
     return _shaped(ops, value, [d for d in core.x.shape[core.axes[0] :] if isinstance(d, int)], core.x.dtype)
 
@@ -253,6 +248,8 @@ def _absorb(node: oir.Node, ops: Ops, slot: int, neutral: float) -> Outcome:
     if parameter is None:
         shape = other.shape if other is not None else None
         return None if constant(other) is None else Miss(f"{shape} does not broadcast to {sizes}")
+    if not same_shape(node.outputs[0], x):
+        return Miss(f"the result has shape {node.outputs[0].shape}, the normalization {x.shape}")
     if not used_once(norm.outputs[0]):
         return Miss(f"'{norm.outputs[0].name}' is used elsewhere too")
     array = constant(parameter)

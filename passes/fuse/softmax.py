@@ -21,7 +21,7 @@ def _one_axis(node: oir.Node) -> int | None:
 
 
 def _unshifted(value: oir.Value, axis: int) -> oir.Value:
-    """Return ``x`` if ``value`` is ``x - ReduceMax(x, axis)``, else ``value``: softmax does not see the shift."""
+    """Return ``x`` if ``value`` is ``x - ReduceMax(x, axis)``, else ``value``: a shift changes nothing."""
     node = producer(value, "Sub")
     peak = producer(node.inputs[1], "ReduceMax") if node is not None else None
     if node is None or peak is None or node.inputs[0] is None:

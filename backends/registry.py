@@ -1,0 +1,21 @@
+"""Which backend compiles for which target name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from optc.backends.base import Backend, Target
+
+
+def resolve(name: str) -> Target:
+    """Return the target called ``name``; UsageError if no backend knows it."""
+    from optc.backends.cpu import target as cpu
+
+    return cpu.resolve(name)
+
+
+def backend(target: Target, progress: Callable[[str], None] | None = None) -> Backend:
+    """Return the backend for ``target``; ``progress`` is told the name of each stage of a build."""
+    from optc.backends.cpu.build import CpuBackend
+
+    return CpuBackend(target, progress)

@@ -1,0 +1,174 @@
+"""``optc compile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optc.cli.common import capture_arguments, capture_options, json_option, print_json
+from optc.config import DEFAULT_NAME, CompileConfig, read, write
+from optc.errors import UsageError
+
+
+@click.command(name="compile")
+@click.argument("model", required=False)
+@click.option(
+    "--output", "-o", type=click.Path(), help="The artifact to write (default: MODEL's name with .optc)."
+)
+@click.option("--target", "-t", help="What to compile for (default: cpu, this machine); see `optc targets`.")
+@capture_options
+@click.option("--no-verify", is_flag=True, help="Do not compare the result with a reference.")
+@click.option("--tolerance", type=float, help="Allowed error relative to each output's largest magnitude.")
+@click.option(
+    "--disable-pass", "disable", multiple=True, metavar="NAME", help="Leave out a pass; repeatable."
+)
+@click.option("--print-ir-after", multiple=True, metavar="PASS|all", help="Print the graph after a pass.")
+@click.option(
+    "--dump-ir", type=click.Path(path_type=Path), help="Write the graph after every pass to this folder."
+)
+@click.option("--verify-ir", is_flag=True, help="Check the graph's canonical form after every pass.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help=f"Read options from a file like {DEFAULT_NAME}."
+)
+@click.option("--save-config", type=click.Path(path_type=Path), help="Write these options to a new file.")
+@json_option
+def command(
+    model: str | None,
+    output: str | None,
+    target: str | None,
+    input_shapes: tuple[str, ...],
+    dims: tuple[str, ...],
+    no_verify: bool,
+    tolerance: float | None,
+    disable: tuple[str, ...],
+    print_ir_after: tuple[str, ...],
+    dump_ir: Path | None,
+    verify_ir: bool,
+    config: Path | None,
+    save_config: Path | None,
+    as_json: bool,
+) -> None:
+    """Compile MODEL (an ONNX file, a .pt2 file or package.module:factory) into one verified artifact.
+
+    \b
+    Examples:
+      optc compile model.onnx -o model.optc
+      optc compile model.onnx --dim batch=8 --target x86-64-v3
+      optc compile mypackage.models:build -o model.optc
+      optc compile --config optc.toml
+
+    Without MODEL and --config, ./optc.toml is read if it exists.
+    """
+    settings = _settings(config, model)
+    _override(settings, model, output, target, no_verify, tolerance, disable)
+    captured = capture_arguments(input_shapes, dims)
+    settings.input_shapes.update({k: list(v) for k, v in captured["input_shapes"].items()})
+    settings.dims.update(captured["dims"])
+    if settings.model is None:
+        raise UsageError("no model given", hint=f"optc compile MODEL, or a {DEFAULT_NAME} with compile.model")
+    destination = Path(settings.output or _default_output(settings.model))
+    if not destination.parent.is_dir():
+        raise UsageError(f"the folder of {destination} does not exist")
+    if save_config is not None:
+        write(save_config, settings)
+    _compile(settings, destination, print_ir_after, dump_ir, verify_ir, as_json)
+
+
+def _settings(config: Path | None, model: str | None) -> CompileConfig:
+    if config is not None:
+        return read(config)
+    default = Path(DEFAULT_NAME)
+    return read(default) if model is None and default.exists() else CompileConfig()
+
+
+def _override(
+    settings: CompileConfig,
+    model: str | None,
+    output: str | None,
+    target: str | None,
+    no_verify: bool,
+    tolerance: float | None,
+    disable: tuple[str, ...],
+) -> None:
+    settings.model = model or settings.model
+    settings.output = output or settings.output
+    settings.target = target or settings.target
+    settings.verify = settings.verify and not no_verify
+    settings.tolerance = tolerance if tolerance is not None else settings.tolerance
+    settings.disable_passes = [*settings.disable_passes, *disable]
+
+
+def _default_output(model: str) -> str:
+    stem = model.rsplit(":", 1)[-1] if ":" in model and not Path(model).exists() else Path(model).stem
+    return f"{stem}.optc"
+
+
+def _compile(
+    settings: CompileConfig,
+    destination: Path,
+    print_ir_after: tuple[str, ...],
+    dump_ir: Path | None,
+    verify_ir: bool,
+    as_json: bool,
+) -> None:
+    from rich.console import Console
+
+    from optc.driver import Trace, compile
+    from optc.passes.observer import observers
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        trace = Trace(progress=lambda stage: status.update(f"[bold]{stage}[/] {settings.model}"))
+        artifact = compile(
+            settings.model,
+            target=settings.target,
+            input_shapes=settings.input_shapes,
+            dims=settings.dims,
+            verify=settings.verify,
+            tolerance=settings.tolerance,
+            disable_passes=settings.disable_passes,
+            observers=observers(print_ir_after=print_ir_after, dump_ir=dump_ir, verify_ir=verify_ir),
+            trace=trace,
+        )
+        status.update("writing")
+        artifact.save(destination)
+    summary = {
+        "artifact": str(destination),
+        "bytes": destination.stat().st_size,
+        "seconds": {name: round(seconds, 3) for name, seconds in trace.seconds.items()},
+        "report": artifact.report,
+    }
+    if as_json:
+        print_json(summary)
+    else:
+        _show(console, summary, artifact)
+
+
+def _show(console: Any, summary: dict[str, Any], artifact: Any) -> None:
+    from rich.table import Table
+
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in summary["seconds"].items())
+    report = artifact.report
+    kernels = report["kernels"]
+    rules: dict[str, int] = {}
+    for kernel in kernels:
+        rules[kernel["schedule"]] = rules.get(kernel["schedule"], 0) + 1
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("artifact", f"{summary['artifact']} ({summary['bytes'] / 1e6:.1f} MB)")
+    table.add_row("inputs", ", ".join(map(str, artifact.inputs)))
+    table.add_row("outputs", ", ".join(map(str, artifact.outputs)))
+    table.add_row(
+        "kernels", f"{len(kernels)} (" + ", ".join(f"{n} {rule}" for rule, n in sorted(rules.items())) + ")"
+    )
+    table.add_row("time", seconds)
+    verification = report["verification"]
+    if isinstance(verification, str):
+        table.add_row("verified", f"[yellow]no[/]: {verification}")
+    else:
+        worst = max((o["relative"] for o in verification["outputs"]), default=0.0)
+        table.add_row(
+            "verified", f"[green]yes[/]: relative error {worst:.1e} against {verification['reference']}"
+        )
+    console.print(table)

@@ -1,0 +1,42 @@
+"""``optc targets``."""
+
+from __future__ import annotations
+
+import click
+
+from optc.cli.common import json_option, print_json
+
+
+@click.command(name="targets")
+@json_option
+def command(as_json: bool) -> None:
+    """List what can be compiled for.
+
+    A target is `cpu` (this machine), the name of an x86-64 CPU as LLVM knows it, or TRIPLE[:CPU[:+feature,...]].
+    """
+    from optc.backends.cpu.link import linker
+    from optc.backends.cpu.target import EXAMPLES, resolve
+    from optc.errors import MissingDependencyError
+
+    rows = []
+    for name in EXAMPLES:
+        target = resolve(name)
+        try:
+            linked_by = linker(target)[0]
+        except MissingDependencyError as error:
+            linked_by = f"no linker: {error.hint}"
+        rows.append(
+            target.describe() | {"name": name, "vector_bits": target.vector_bits, "linker": linked_by}
+        )
+    if as_json:
+        print_json(rows)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="targets (examples; any CPU of LLVM's can be named)")
+    for header in ("name", "triple", "CPU", "vector", "linked by"):
+        table.add_column(header)
+    for row in rows:
+        table.add_row(row["name"], row["triple"], row["cpu"], f"{row['vector_bits']} bit", row["linker"])
+    Console().print(table)

@@ -1,0 +1,241 @@
+"""The main road: capture, optimize, build, pack, verify. Everything the command line does starts here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnx_ir as oir
+
+import optc
+from optc import sample, verification
+from optc.backends.artifact import Artifact, build_artifact
+from optc.backends.base import Build, Target
+from optc.capture import capture
+from optc.errors import OptcError
+from optc.passes import pipeline
+from optc.passes.observer import Observer, PassRecord
+from optc.runtime.format import TensorSpec
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Trace:
+    """What a compilation did and how long each stage took; it does not go into the artifact."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    passes: list[PassRecord] = field(default_factory=list)
+    progress: Progress = lambda _: None
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block as stage ``name`` and announce it."""
+        self.progress(name)
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+
+def compile(
+    path_or_model: Any,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    target: str = "cpu",
+    input_shapes: Mapping[str, Sequence[int | str]] | None = None,
+    dims: Mapping[str, int] | None = None,
+    dynamic_shapes: Any = None,
+    verify: bool = True,
+    tolerance: float | None = None,
+    disable_passes: Collection[str] = (),
+    observers: Sequence[Observer] = (),
+    inputs: Mapping[str, np.ndarray] | None = None,
+    trace: Trace | None = None,
+) -> Artifact:
+    """Compile a model to an artifact.
+
+    Args:
+        path_or_model: see ``optc.capture``.
+        example_inputs: the positional inputs that an ``nn.Module`` is captured with.
+        target: ``cpu`` is this machine; see ``optc targets``.
+        input_shapes: fixes whole inputs by name, with sizes or dimension names.
+        dims: gives named dimensions a size; what is not given stays symbolic.
+        dynamic_shapes: torch.export's, for an ``nn.Module``.
+        verify: compare the result with a reference on random inputs, and keep the errors in the report. Artifacts
+            for another machine cannot run here: their report says that they were not verified.
+        tolerance: allowed error relative to each output's largest magnitude; default by dtype.
+        disable_passes: names of graph passes or rules to leave out.
+        observers: see the passes.
+        inputs: arrays to verify with, instead of random ones.
+        trace: collects timings and pass records.
+
+    Raises:
+        UsageError, InvalidModelError, UnsupportedModelError, AccuracyError.
+    """
+    trace = trace or Trace()
+    with trace.stage("capture"):
+        model = capture(
+            path_or_model,
+            example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes,
+            input_shapes=input_shapes,
+            dims=dims,
+        )
+    original = model.clone() if verify else None
+    with trace.stage("optimize"):
+        trace.passes = pipeline.run(model, disable=disable_passes, observers=observers)
+    inputs_spec, outputs_spec = specs(model.graph.inputs), specs(model.graph.outputs)
+    resolved, build = _build(model, target, trace)
+    with trace.stage("pack"):
+        artifact = build_artifact(
+            inputs=inputs_spec,
+            outputs=outputs_spec,
+            code=build.code,
+            weights=build.weights,
+            target=resolved.describe(),
+            report=_report(trace.passes, build),
+            metadata={str(k): str(v) for k, v in model.metadata_props.items()},
+            memory=_memory(build),
+        )
+    if original is None:
+        return artifact.with_report(artifact.report | {"verification": "skipped on request"})
+    with trace.stage("verify"):
+        return _verified(artifact, original, resolved, inputs, tolerance)
+
+
+def optimize(
+    path_or_model: Any,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    input_shapes: Mapping[str, Sequence[int | str]] | None = None,
+    dims: Mapping[str, int] | None = None,
+    dynamic_shapes: Any = None,
+    disable_passes: Collection[str] = (),
+    observers: Sequence[Observer] = (),
+    trace: Trace | None = None,
+) -> oir.Model:
+    """Capture a model and run the graph passes only; ``optc.ir.serialize.save`` writes it as portable ONNX."""
+    trace = trace or Trace()
+    with trace.stage("capture"):
+        model = capture(
+            path_or_model,
+            example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes,
+            input_shapes=input_shapes,
+            dims=dims,
+        )
+    with trace.stage("optimize"):
+        trace.passes = pipeline.run(model, disable=disable_passes, observers=observers)
+    return model
+
+
+def check(path_or_model: Any, *, target: str = "cpu", **capture_options: Any) -> oir.Model:
+    """Find out whether a model can be compiled, without generating code; returns the optimized model.
+
+    Raises UnsupportedModelError that names every node at fault.
+    """
+    model = optimize(path_or_model, **capture_options)
+    backend(resolve_target(target)).supported(model)
+    return model
+
+
+def resolve_target(name: str) -> Target:
+    """Return the target called ``name``."""
+    from optc.backends import registry
+
+    return registry.resolve(name)
+
+
+def backend(target: Target, progress: Progress | None = None) -> Any:
+    """Return the backend that compiles for ``target``."""
+    from optc.backends import registry
+
+    return registry.backend(target, progress)
+
+
+def specs(values: Sequence[oir.Value]) -> list[TensorSpec]:
+    """Return the artifact's description of inputs or outputs."""
+    result = []
+    for value in values:
+        if value.dtype is None or value.shape is None:
+            shape: tuple[int | str, ...] = ()
+            raise OptcError(f"'{value.name}' has no known type and rank {shape}")
+        dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+        result.append(TensorSpec(str(value.name), value.dtype.numpy().name, dims))
+    return result
+
+
+def _build(model: oir.Model, target: str, trace: Trace) -> tuple[Target, Build]:
+    with trace.stage("build"):
+        resolved = resolve_target(target)
+        return resolved, backend(resolved, trace.progress).build(model)
+
+
+def _memory(build: Build) -> dict[str, int]:
+    memory = {"weights": sum(array.nbytes for array in build.weights.values())}
+    if build.activation_bytes is not None:
+        memory["activations"] = build.activation_bytes
+    return memory
+
+
+def _report(passes: Sequence[PassRecord], build: Build) -> dict[str, Any]:
+    return {
+        "optc": optc.__version__,
+        "tvm": version("apache-tvm"),
+        "passes": [
+            {"name": r.name, "nodes_before": r.nodes_before, "nodes_after": r.nodes_after, "fired": r.fired}
+            for r in passes
+            if r.modified
+        ],
+        "kernels": build.kernels,
+        "tuning": "none: every kernel has its analytic or generic schedule",
+    }
+
+
+def _verified(
+    artifact: Artifact,
+    original: oir.Model,
+    target: Target,
+    inputs: Mapping[str, np.ndarray] | None,
+    tolerance: float | None,
+) -> Artifact:
+    if not target.native:
+        note = f"not run: built for {target.triple}, which is not this machine"
+        return artifact.with_report(artifact.report | {"verification": note})
+    result = verify_artifact(artifact.model(), original, inputs=inputs)
+    result.require(tolerance)
+    return artifact.with_report(artifact.report | {"verification": result.describe()})
+
+
+def verify_artifact(
+    model: Any,
+    original: oir.Model,
+    *,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+    dims: Mapping[str, int] | None = None,
+    prefer: str | None = None,
+) -> verification.Verification:
+    """Compare a runtime model with the reference for ``original`` on ``inputs``, or on random ones."""
+    name, reference = verification.reference(original, prefer)
+    sizes: dict[str, int] = {}
+    described = "given"
+    if inputs is None:
+        sizes = {**sample.default_dims(model.inputs), **(dims or {})}
+        described = f"random, seed {seed}"
+        limits = verification.integer_limits(original)
+        inputs = sample.random_inputs(model.inputs, seed=seed, dims=sizes, integer_limits=limits)
+    expected = reference(inputs)
+    actual = model.run(inputs)
+    errors = tuple(
+        verification.compare(spec.name, actual[spec.name], np.asarray(expected[spec.name]))
+        for spec in model.outputs
+    )
+    return verification.Verification(name, described, sizes, errors)

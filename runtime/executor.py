@@ -1,0 +1,285 @@
+"""Runs compiled code: one virtual machine per concurrent call, since TVM's machine is not re-entrant.
+
+TVM's thread pools belong to the calling thread: they live as long as it, never grow, and break the exit of a
+forked child. So calls that use several threads run on a thread of our own, which costs a hand-over of some
+tens of microseconds; calls that use one thread run where they are made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from queue import SimpleQueue
+
+from optc.runtime import ffi
+
+from optc.errors import OptcError
+
+NAIVE_ALLOCATOR = 1
+POOLED_ALLOCATOR = 2
+
+_SHARE_CORES = -3  # kSpecifyThreadShareAllCore of threading_backend.h
+_MAX_IDLE = 8
+
+
+class Code:
+    """A shared library held in memory and its entry function."""
+
+    def __init__(self, image: bytes | memoryview, entry: str) -> None:
+        self.entry = entry
+        # The loader knows libraries by path, so the number in this path must not be reused while it is
+        # loaded: the descriptor is closed after the module is released.
+        self._fd = os.memfd_create("optc-model", os.MFD_CLOEXEC)
+        try:
+            with open(self._fd, "wb", closefd=False) as file:
+                file.write(image)
+            loader = ffi.global_function("ffi.Module.load_from_file.so")
+            self._module = ffi.call_for_object(loader, f"/proc/self/fd/{self._fd}", "so")
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __del__(self) -> None:
+        if hasattr(self, "_module"):
+            del self._module
+            os.close(self._fd)
+
+    def new_machine(self, allocator: int) -> tuple[ffi.Ref, ffi.Ref]:
+        """Return a new virtual machine and its entry function."""
+        machine = ffi.call_for_object(ffi.module_function(self._module, "vm_load_executable"))
+        ffi.call(ffi.module_function(machine, "vm_initialization"), ffi.CPU, 0, allocator)
+        return machine, ffi.module_function(machine, self.entry)
+
+
+class _Pool:
+    """The state that the runners of a model share with it."""
+
+    def __init__(
+        self, code: Code, weights: Sequence[ffi.Ref], keep: object, allocator: int, threads: int
+    ) -> None:
+        self.code = code
+        self.weights = weights
+        self.keep = keep
+        self.allocator = allocator
+        self.threads = threads
+        self.closed = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all runners: in the child of a fork none of their threads exists."""
+        self.lock = threading.Lock()
+        self.idle: list[_Inline | _Worker] = []
+
+    def machine(self) -> Machine:
+        return Machine(self.code, self.weights, self.allocator)
+
+    def take(self) -> _Inline | _Worker:
+        with self.lock:
+            if self.idle:
+                return self.idle.pop()
+            threads = self.threads
+        return _Inline(self) if threads == 1 else _Worker(self, threads)
+
+    def give_back(self, runner: _Inline | _Worker) -> bool:
+        """Keep an idle runner for the next call; False if it is to end."""
+        with self.lock:
+            keep = not self.closed and runner.threads == self.threads and len(self.idle) < _MAX_IDLE
+            if keep:
+                self.idle.append(runner)
+            return keep
+
+    def set_threads(self, threads: int) -> None:
+        with self.lock:
+            self.threads = threads
+            idle, self.idle = self.idle, []
+        for runner in idle:
+            runner.stop()
+
+    def close(self) -> None:
+        self.closed = True
+        self.set_threads(self.threads)
+
+
+class _Inline:
+    """A virtual machine that runs in the caller's thread."""
+
+    threads = 1
+
+    def __init__(self, pool: _Pool) -> None:
+        self._pool = pool
+        self._machine = pool.machine()
+
+    def run(self, inputs: Sequence[ffi.Ref], keep: object) -> list[ffi.Ref]:
+        if not getattr(_this_thread, "serial", False):
+            configure_threads(1)
+            _this_thread.serial = True
+        try:
+            return self._machine.run(inputs)
+        finally:
+            self._pool.give_back(self)
+
+    def stop(self) -> None:
+        """Nothing to do: the machine goes with its last reference."""
+
+
+class _Job:
+    """A call handed to a worker. ``keep`` holds the memory of the inputs until the code is done with it."""
+
+    __slots__ = ("done", "error", "inputs", "keep", "outputs")
+
+    def __init__(self, inputs: Sequence[ffi.Ref], keep: object) -> None:
+        self.inputs: Sequence[ffi.Ref] = inputs
+        self.keep = keep
+        self.outputs: list[ffi.Ref] = []
+        self.error: BaseException | None = None
+        self.done = threading.Lock()
+        self.done.acquire()
+
+
+class _Worker:
+    """A virtual machine on a thread of its own, whose kernels use ``threads`` threads."""
+
+    def __init__(self, pool: _Pool, threads: int) -> None:
+        self.threads = threads
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        # A daemon, so that a call abandoned by Ctrl-C does not keep the process from ending.
+        self._thread = threading.Thread(target=self._loop, args=(pool,), name="optc-model", daemon=True)
+        self._thread.start()
+
+    def run(self, inputs: Sequence[ffi.Ref], keep: object) -> list[ffi.Ref]:
+        job = _Job(inputs, keep)
+        self._jobs.put(job)
+        job.done.acquire()
+        if job.error is not None:
+            raise job.error
+        return job.outputs
+
+    def stop(self) -> None:
+        """End the thread, which is idle, and with it TVM's threads."""
+        self._jobs.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _loop(self, pool: _Pool) -> None:
+        machine: Machine | None = None
+        while (job := self._jobs.get()) is not None:
+            try:
+                if machine is None:
+                    configure_threads(self.threads)
+                    machine = pool.machine()
+                job.outputs = machine.run(job.inputs)
+            except BaseException as error:
+                job.error = error
+            job.inputs, job.keep = (), None
+            stays = pool.give_back(self)
+            job.done.release()
+            del job
+            if not stays:
+                break
+
+
+class Machine:
+    """A virtual machine with the model's weights bound; used by one thread at a time."""
+
+    def __init__(self, code: Code, weights: Sequence[ffi.Ref], allocator: int) -> None:
+        self._machine, self._entry = code.new_machine(allocator)
+        self._weights = weights
+        self._arguments: ctypes.Array[ffi.Value] | None = None
+
+    def instrument(self, callback: ffi.Ref) -> None:
+        """Have ``callback`` called before and after each instruction that calls a function."""
+        ffi.call(ffi.module_function(self._machine, "set_instrument"), callback)
+
+    def run(self, inputs: Sequence[ffi.Ref]) -> list[ffi.Ref]:
+        """Call the entry function and return its tensors."""
+        if self._arguments is None:
+            self._arguments, _ = ffi.pack([*inputs, *self._weights])
+        for value, tensor in zip(self._arguments, inputs, strict=False):
+            value.type_index, value.content = ffi.TENSOR, tensor.address
+        result = ffi.invoke(self._entry, self._arguments)
+        if not isinstance(result, ffi.Ref):
+            raise OptcError(f"the compiled code returned {result!r} instead of tensors")
+        return result.items() if result.type_index == ffi.ARRAY else [result]
+
+
+class Executor:
+    """Runs calls of one model from any number of threads."""
+
+    def __init__(
+        self, code: Code, weights: Sequence[ffi.Ref], keep: object, *, allocator: int, threads: int
+    ) -> None:
+        self._pool = _Pool(code, weights, keep, allocator, threads)
+        _pools.add(self._pool)
+        weakref.finalize(self, self._pool.close)
+
+    @property
+    def threads(self) -> int:
+        """How many threads the kernels of one call use, the call's own included."""
+        return self._pool.threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self._pool.set_threads(count)
+
+    def run(self, inputs: Sequence[ffi.Ref], keep: object) -> list[ffi.Ref]:
+        """Run one call and return its outputs; ``keep`` owns the memory of ``inputs``."""
+        return self._pool.take().run(inputs, keep)
+
+    def call_on_new_machine(self, function: Callable[[Machine], None]) -> None:
+        """Call ``function`` with a machine of its own on a thread configured like those of other calls."""
+        pool, errors = self._pool, list[BaseException]()
+
+        def target() -> None:
+            try:
+                configure_threads(pool.threads)
+                function(pool.machine())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=target, name="optc-profile", daemon=True)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+
+
+def configure_threads(count: int) -> None:
+    """Make TVM use ``count`` threads for kernels called from this thread, which has called none yet."""
+    cores = ffi.call_for_object(_make_array(), *map(str, range(count)))
+    ffi.call(_config_threadpool(), _SHARE_CORES, count, cores)
+
+
+def release_free_memory() -> None:
+    """Return the free blocks of TVM's pooled allocator to the system."""
+    ffi.call(_clear_memory())
+
+
+@cache
+def _make_array() -> ffi.Ref:
+    return ffi.global_function("ffi.Array")
+
+
+@cache
+def _config_threadpool() -> ffi.Ref:
+    return ffi.global_function("runtime.config_threadpool")
+
+
+@cache
+def _clear_memory() -> ffi.Ref:
+    return ffi.global_function("vm.builtin.memory_manager.clear")
+
+
+_this_thread = threading.local()
+_pools: weakref.WeakSet[_Pool] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in list(_pools):
+        pool.reset()
+
+
+os.register_at_fork(after_in_child=_after_fork)
