@@ -16,7 +16,7 @@ test: $(INSTALLED) models lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python scripts/typecheck.py
 
 # Real models out of published packages, and architectures with random weights; kept in .cache/models.
 models: $(INSTALLED)

@@ -1,1 +1,1 @@
-
+"""Backends: from canonical IR to code."""

@@ -32,7 +32,7 @@ Declared = dict[oir.Value, tuple[oir.Shape | None, oir.TypeProtocol | None]]
 
 
 def canonicalize(model: oir.Model) -> None:
-    """Bring ``model`` (opset 7 or newer) into canonical form, in place.
+    """Bring ``model`` (opset 6 or newer) into canonical form, in place.
 
     Raises:
         InvalidModelError: the model breaks the ONNX specification.
@@ -79,9 +79,7 @@ def _settle_imports(model: oir.Model) -> None:
         imports = graph.opset_imports
         alias = imports.pop("ai.onnx", None)
         if alias is not None and imports.setdefault("", alias) != alias:
-            raise InvalidModelError(
-                f"{owner} imports opset {alias} and opset {imports['']} of the ONNX domain"
-            )
+            raise InvalidModelError(f"{owner} imports opset {alias} and opset {imports['']} of the ONNX domain")
         used = {node.domain for node in graph.all_nodes()}
         for domain in sorted(used - set(imports)):
             if domain not in functions:
@@ -92,8 +90,7 @@ def _settle_imports(model: oir.Model) -> None:
         version = imports.get("", schemas.OLDEST_OPSET)
         if not schemas.OLDEST_OPSET <= version <= schemas.NEWEST_OPSET:
             raise UnsupportedModelError(
-                f"{owner} imports opset {version}; supported are {schemas.OLDEST_OPSET} to "
-                f"{schemas.NEWEST_OPSET}",
+                f"{owner} imports opset {version}; supported are {schemas.OLDEST_OPSET} to {schemas.NEWEST_OPSET}",
                 hint="export the model again with another opset",
             )
 

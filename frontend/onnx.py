@@ -75,8 +75,13 @@ def _from_proto(message: onnx.ModelProto, directory: Path | None) -> oir.Model:
     except (oir.serde.SerdeError, ValueError, KeyError) as error:
         raise InvalidModelError(f"the model cannot be read: {_root_cause(error)}") from error
     if directory is not None:
-        oir.external_data.set_base_dir(model.graph, directory)
+        for graph in _bodies(model):
+            oir.external_data.set_base_dir(graph, directory)
     return model
+
+
+def _bodies(model: oir.Model) -> list[oir.Graph]:
+    return [model.graph, *(function.graph for function in model.functions.values())]
 
 
 def _root_cause(error: BaseException) -> str:
@@ -119,10 +124,11 @@ def _external_problem(tensor: oir.ExternalTensor) -> str | None:
 
 def _external_tensors(model: oir.Model) -> list[oir.ExternalTensor]:
     found = []
-    for graph in structure.graphs(model):
-        found += [v.const_value for v in graph.initializers.values()]
-    for node in model.graph.all_nodes():
-        for attribute in node.attributes.values():
-            if attribute.type == oir.AttributeType.TENSOR and not attribute.is_ref():
-                found.append(attribute.as_tensor())
+    for body in _bodies(model):
+        for graph in (body, *body.subgraphs()):
+            found += [value.const_value for value in graph.initializers.values()]
+        for node in body.all_nodes():
+            for attribute in node.attributes.values():
+                if attribute.type == oir.AttributeType.TENSOR and not attribute.is_ref():
+                    found.append(attribute.as_tensor())
     return [tensor for tensor in found if isinstance(tensor, oir.ExternalTensor)]

@@ -59,9 +59,7 @@ def signature(domain: str, op_type: str, version: int) -> Signature | None:
 def first_version(op_type: str) -> int | None:
     """Return the first opset of the default domain that has ``op_type``, or None."""
     versions = [
-        s.since_version
-        for s in onnx.defs.get_all_schemas_with_history()
-        if s.name == op_type and s.domain == ""
+        s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.name == op_type and s.domain == ""
     ]
     return min(versions, default=None)
 

@@ -31,6 +31,8 @@ def inline_functions(model: oir.Model) -> None:
         return
     for function in model.functions.values():
         # The versions are on the nodes; the pass would refuse imports that differ.
+        for domain, version in function.opset_imports.items():
+            model.opset_imports.setdefault(domain, version)
         function.opset_imports.clear()
         _name_outputs(function)
     try:
@@ -40,6 +42,9 @@ def inline_functions(model: oir.Model) -> None:
     except ValueError as error:
         raise UnsupportedModelError(f"a model-local function cannot be inlined: {error}") from error
     model.functions.clear()
+    used = {node.domain for node in model.graph.all_nodes()} | {""}
+    for domain in set(model.opset_imports) - used:
+        del model.opset_imports[domain]
 
 
 def _name_outputs(function: oir.Function) -> None:
@@ -126,9 +131,7 @@ def _named_values(model: oir.Model) -> Iterator[oir.Value]:
 
 def _constant_tensor(node: oir.Node) -> oir.TensorProtocol:
     if len(node.attributes) != 1:
-        raise InvalidModelError(
-            f"{provenance.describe(node)} has {len(node.attributes)} values, expected one"
-        )
+        raise InvalidModelError(f"{provenance.describe(node)} has {len(node.attributes)} values, expected one")
     name, attribute = next(iter(node.attributes.items()))
     match name:
         case "value":

@@ -75,9 +75,7 @@ def scan(edit: Edit) -> None:
     values = [edit.input(index) for index in range(1, len(node.inputs))]
     # The outer body: the same inputs without the batch axis.
     arguments = [oir.Value(name=edit.value_name("sample"), type=value.type) for value in values]
-    inner = oir.node(
-        "Scan", arguments, attributes={"num_scan_inputs": scanned}, num_outputs=len(node.outputs)
-    )
+    inner = oir.node("Scan", arguments, attributes={"num_scan_inputs": scanned}, num_outputs=len(node.outputs))
     inner.name = edit.node_name("Scan")
     provenance.inherit(inner, [node], made_by="opset upgrade")
     node.attributes.pop("body")

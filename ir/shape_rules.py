@@ -1,57 +1,49 @@
-"""Shape rules of our own, where those of onnx-shape-inference guess: control flow and broadcasting."""
+"""Shape rules of our own, where those of onnx-shape-inference guess or know less than they could.
+
+A correction runs after the rule of the library and returns the shapes it wants changed, by output index: None for
+unknown. Each names the case that the library gets wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import onnx_ir as oir
 from onnx_shape_inference import ShapeInferenceContext
+
+from optc.errors import InvalidModelError
 from optc.ir import provenance
 from optc.ir.dims import Dim, from_expr, to_expr
 
-from optc.errors import InvalidModelError
-
-Walk = Callable[[oir.Graph], None]
-
-# Operators whose output shape is the broadcast of all their input shapes.
-_BROADCASTING = frozenset(
-    ["Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor"]
-)
+Corrections = dict[int, oir.Shape | None]
+Correction = Callable[[ShapeInferenceContext, oir.Node], Corrections]
 
 
-def correct(context: ShapeInferenceContext, node: oir.Node) -> None:
-    """Replace the output shape of a broadcasting node if two different symbolic dimensions meet.
+def correct(context: ShapeInferenceContext, node: oir.Node, before: Sequence[oir.Shape | None]) -> None:
+    """Correct what the rule of the library has set; ``before`` are the shapes the outputs had until then."""
+    correction = _CORRECTIONS.get(node.op_type) if node.domain == "" else None
+    if correction is None:
+        return
+    for index, shape in correction(context, node).items():
+        node.outputs[index].shape = before[index]
+        if shape is not None:
+            context.set_shape(node.outputs[index], shape)
 
-    The library takes the first of ``a`` and ``b``, which is wrong where ``a`` is 1. ``Max(a, b)`` is right for
-    every legal pair of sizes.
+
+def broadcast(node: oir.Node, shapes: Iterable[Iterable[Dim]]) -> list[Dim]:
+    """Return the multidirectional broadcast of ``shapes``. Raises InvalidModelError if they do not fit.
+
+    Where two different symbolic dimensions meet, the size is ``Max(a, b)``: right for every legal pair, since
+    legal sizes are equal or one of them is 1.
     """
-    if node.domain != "" or node.op_type not in _BROADCASTING or len(node.inputs) < 2:
-        return
-    shapes = [v.shape for v in node.inputs if v is not None]
-    if any(s is None for s in shapes) or not _symbols_differ(shapes):
-        return
-    context.set_shape(node.outputs[0], broadcast(node, [s for s in shapes if s is not None]))
-
-
-def _symbols_differ(shapes: Iterable[oir.Shape | None]) -> bool:
-    columns: dict[int, str] = {}
-    for shape in shapes:
-        for axis, dim in enumerate(reversed(shape.dims if shape is not None else ())):
-            if not isinstance(dim, int) and columns.setdefault(axis, str(dim)) != str(dim):
-                return True
-    return False
-
-
-def broadcast(node: oir.Node, shapes: Iterable[oir.Shape]) -> oir.Shape:
-    """Return the multidirectional broadcast of ``shapes``. Raises InvalidModelError if they do not fit."""
     result: list[Dim] = []
     for shape in shapes:
-        dims = list(shape.dims)
+        dims = list(shape)
         width = max(len(dims), len(result))
-        padded: list[Dim] = [1] * (width - len(dims)) + dims
+        dims = [1] * (width - len(dims)) + dims
         result = [1] * (width - len(result)) + result
-        result = [_broadcast_dim(node, a, b) for a, b in zip(result, padded, strict=True)]
-    return oir.Shape(result)
+        result = [_broadcast_dim(node, a, b) for a, b in zip(result, dims, strict=True)]
+    return result
 
 
 def _broadcast_dim(node: oir.Node, a: Dim, b: Dim) -> Dim:
@@ -70,138 +62,167 @@ def _broadcast_dim(node: oir.Node, a: Dim, b: Dim) -> Dim:
     return from_expr(sympy.Max(to_expr(a), to_expr(b)))
 
 
-def _if(context: ShapeInferenceContext, node: oir.Node, walk: Walk) -> None:
-    """If-1: a dimension is known where both branches agree on it, a shape where they agree on the rank."""
-    branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
-    for branch in branches:
-        walk(branch)
-    for output, first, second in zip(node.outputs, *(b.outputs for b in branches), strict=True):
-        _set_type(output, first.type or second.type)
-        shape = _merge(context, first.shape, second.shape)
-        if shape is not None:
-            context.set_shape(output, shape)
+def _elementwise(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """The library takes the first of two different symbolic dimensions, which is wrong where that one is 1."""
+    shapes = [v.shape for v in node.inputs if v is not None and v.shape is not None]
+    if len(shapes) != len(node.inputs) or not _symbols_differ(shapes):
+        return {}
+    return {0: oir.Shape(broadcast(node, shapes))}
 
 
-def _loop(context: ShapeInferenceContext, node: oir.Node, walk: Walk) -> None:
-    """Loop-1: see ``_iterate``; scan outputs are as long as the trip count unless the body can stop the loop."""
-    body = node.attributes["body"].as_graph()
-    for formal, dtype in zip(body.inputs, (oir.DataType.INT64, oir.DataType.BOOL), strict=False):
-        _set_type(formal, formal.type or oir.TensorType(dtype))
-        formal.shape = oir.Shape([])
-    carried = len(node.inputs) - 2
-    _iterate(context, node.inputs[2:], body.inputs[2:], body.outputs[1 : 1 + carried], node.outputs, walk, body)
-    trips = context.get_symbolic_value(node.inputs[0]) if node.inputs[0] is not None else None
-    runs_to_end = _is_true(node.inputs[1]) and (body.outputs[0] is body.inputs[1] or _is_true(body.outputs[0]))
-    for output, element in zip(node.outputs[carried:], body.outputs[1 + carried :], strict=True):
-        _set_type(output, element.type)
-        if element.shape is not None:
-            length = trips[0] if trips and runs_to_end else context.new_symbolic_dim()
-            context.set_shape(output, oir.Shape([length, *element.shape.dims]))
+def _symbols_differ(shapes: Iterable[oir.Shape]) -> bool:
+    columns: dict[int, str] = {}
+    for shape in shapes:
+        for axis, dim in enumerate(reversed(shape.dims)):
+            if not isinstance(dim, int) and columns.setdefault(axis, str(dim)) != str(dim):
+                return True
+    return False
 
 
-def _is_true(condition: oir.Value | None) -> bool:
-    """Tell whether a loop condition is absent or a constant true; what follows a Cast or Identity counts too."""
-    if condition is None:
-        return True
-    tensor = oir.convenience.get_const_tensor(condition)
-    return tensor is not None and bool(tensor.numpy().reshape(()))
+def _matmul(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """As for elementwise operators, in the batch dimensions."""
+    a, b = (v.shape if v is not None else None for v in (node.inputs[0], node.inputs[_MATMUL_B[node.op_type]]))
+    if a is None or b is None or min(len(a), len(b)) < 3 or not _symbols_differ([_batch(a), _batch(b)]):
+        return {}
+    return {0: oir.Shape([*broadcast(node, [_batch(a), _batch(b)]), a[-2], b[-1]])}
 
 
-def _scan(context: ShapeInferenceContext, node: oir.Node, walk: Walk) -> None:
-    """Scan-9: state as in ``_iterate``; slices lose the scanned axis, stacked outputs gain it."""
-    body = node.attributes["body"].as_graph()
-    scanned = node.attributes["num_scan_inputs"].as_int()
-    state = len(node.inputs) - scanned
-    axes_in = _ints(node, "scan_input_axes") or [0] * scanned
-    length: Dim | None = None
-    for actual, formal, axis in zip(node.inputs[state:], body.inputs[state:], axes_in, strict=True):
-        assert actual is not None
-        _set_type(formal, actual.type)
-        formal.shape = None
-        if actual.shape is not None:
-            dims = list(actual.shape.dims)
-            size = dims.pop(axis)
-            length = size if length is None or isinstance(size, int) else length
-            formal.shape = oir.Shape(dims)
-    _iterate(context, node.inputs[:state], body.inputs[:state], body.outputs[:state], node.outputs, walk, body)
-    stacked = list(zip(node.outputs[state:], body.outputs[state:], strict=True))
-    axes_out = _ints(node, "scan_output_axes") or [0] * len(stacked)
-    for (output, element), axis in zip(stacked, axes_out, strict=True):
-        _set_type(output, element.type)
-        if element.shape is not None:
-            dims = list(element.shape.dims)
-            position = axis if axis >= 0 else axis + len(dims) + 1
-            dims.insert(position, length if length is not None else context.new_symbolic_dim())
-            context.set_shape(output, oir.Shape(dims))
+_MATMUL_B = {"MatMul": 1, "MatMulInteger": 1, "QLinearMatMul": 3}
 
 
-def _ints(node: oir.Node, name: str) -> list[int]:
+def _batch(shape: oir.Shape) -> oir.Shape:
+    return oir.Shape(shape.dims[:-2])
+
+
+def _expand(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """Expand-13 broadcasts both ways; where the target is unknown, its length still tells the rank."""
+    data, target = node.inputs[0], node.inputs[1]
+    assert data is not None and target is not None
+    sizes = context.get_symbolic_value(target)
+    length = _length(target)
+    if data.shape is None:
+        return {0: None}
+    if sizes is not None:
+        return {0: oir.Shape(broadcast(node, [data.shape, sizes]))}
+    return {} if length is None else {0: _fresh(context, max(length, len(data.shape)))}
+
+
+def _from_shape_vector(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """Reshape and ConstantOfShape: where the sizes are unknown, their number still tells the rank."""
+    if node.outputs[0].shape is not None:
+        return {}
+    vector = node.inputs[1] if node.op_type == "Reshape" else node.inputs[0]
+    length = _length(vector)
+    return {} if length is None else {0: _fresh(context, length)}
+
+
+def _reduction(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """Where the axes are data, ``keepdims`` still tells the rank."""
+    data = node.inputs[0]
+    keep = node.attributes.get("keepdims")
+    if node.outputs[0].shape is not None or data is None or data.shape is None:
+        return {}
+    return {0: _fresh(context, len(data.shape))} if keep is None or keep.as_int() else {}
+
+
+def _squeeze(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """The library drops the sizes known to be 1 when it does not know the axes; the others may be 1 as well."""
+    data = node.inputs[0]
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if data is None or data.shape is None or "axes" in node.attributes:
+        return {}
+    if axes is None:
+        return {} if data.shape.is_static() else {0: None}
+    if context.get_symbolic_value(axes) is not None:
+        return {}
+    length = _length(axes)
+    return {0: None if length is None else _fresh(context, len(data.shape) - length)}
+
+
+def _split(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """The library splits evenly where the sizes are data."""
+    data, sizes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+    if data is None or data.shape is None or sizes is None or context.get_symbolic_value(sizes) is not None:
+        return {}
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    result: Corrections = {}
+    for index in range(len(node.outputs)):
+        dims = list(data.shape)
+        dims[axis] = context.new_symbolic_dim()
+        result[index] = oir.Shape(dims)
+    return result
+
+
+def _unique(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """The library forgets the axis: the first output keeps the rank of the input."""
+    data, count = node.inputs[0], node.outputs[0].shape
+    if "axis" not in node.attributes or data is None:
+        return {}
+    if data.shape is None or count is None:
+        return {0: None}
+    dims = list(data.shape)
+    dims[node.attributes["axis"].as_int()] = count[0]
+    return {0: oir.Shape(dims)}
+
+
+def _pool(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """Exact sizes for ``ceil_mode`` (no window starts in the end padding) and for SAME padding of symbolic sizes."""
+    data = node.inputs[0]
+    if data is None or data.shape is None or node.outputs[0].shape is None:
+        return {}
+    spatial = list(data.shape)[2:]
+    rank = len(spatial)
+    strides = _ints(node, "strides", [1] * rank)
+    if node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME"):
+        sizes = [(x + (s - 1)) // s for x, s in zip(spatial, strides, strict=True)]
+    elif node.attributes.get_int("ceil_mode", 0):
+        kernel = _ints(node, "kernel_shape", [])
+        pads = _ints(node, "pads", [0] * (2 * rank))
+        dilations = _ints(node, "dilations", [1] * rank)
+        sizes = []
+        for axis, x in enumerate(spatial):
+            window, stride = dilations[axis] * (kernel[axis] - 1) + 1, strides[axis]
+            # Rounded up: (x + begin + end - window + stride - 1) // stride + 1 windows, but the last starts
+            # before the end padding, so there are at most (x + begin - 1) // stride + 1.
+            slack = min(pads[rank + axis] - window + stride - 1, -1)
+            sizes.append((x + (pads[axis] + slack)) // stride + 1)
+    else:
+        return {}
+    shape = oir.Shape([*list(node.outputs[0].shape)[:2], *sizes])
+    return dict.fromkeys(range(len(node.outputs)), shape)
+
+
+def _ints(node: oir.Node, name: str, default: Sequence[int]) -> Sequence[int]:
     attribute = node.attributes.get(name)
-    return list(attribute.as_ints()) if attribute is not None else []
+    return list(attribute.as_ints()) if attribute is not None else default
 
 
-def _iterate(
-    context: ShapeInferenceContext,
-    initial: Iterable[oir.Value | None],
-    formals: Iterable[oir.Value],
-    results: Iterable[oir.Value],
-    outputs: Iterable[oir.Value],
-    walk: Walk,
-    body: oir.Graph,
-) -> None:
-    """Infer a loop body until the shapes of the values it carries hold for every iteration.
-
-    A dimension that an iteration changes becomes a fresh name; a changed rank makes the shape unknown. Each round
-    makes at least one dimension or shape less known, so this ends.
-    """
-    carried = list(zip(initial, formals, results, strict=True))
-    for actual, formal, _ in carried:
-        if actual is not None:
-            _set_type(formal, actual.type)
-            formal.shape = actual.shape
-    varying: set[tuple[oir.Value, int]] = set()
-    while True:
-        walk(body)
-        stable = True
-        for _, formal, result in carried:
-            if formal.shape is None:
-                continue
-            if result.shape is None or len(result.shape) != len(formal.shape):
-                formal.shape, stable = None, False
-                continue
-            dims = list(formal.shape.dims)
-            for axis, (before, after) in enumerate(zip(formal.shape, result.shape, strict=True)):
-                if before != after and (formal, axis) not in varying:
-                    varying.add((formal, axis))
-                    dims[axis], stable = context.new_symbolic_dim(), False
-            formal.shape = oir.Shape(dims)
-        if stable:
-            break
-    for (_, formal, _), output in zip(carried, outputs, strict=False):
-        _set_type(output, formal.type)
-        if formal.shape is not None:
-            context.set_shape(
-                output,
-                oir.Shape(
-                    context.new_symbolic_dim() if (formal, axis) in varying else dim
-                    for axis, dim in enumerate(formal.shape)
-                ),
-            )
-
-
-def _set_type(value: oir.Value, type_: oir.TypeProtocol | None) -> None:
-    if type_ is not None:
-        value.type = type_
-
-
-def _merge(context: ShapeInferenceContext, a: oir.Shape | None, b: oir.Shape | None) -> oir.Shape | None:
-    if a is None or b is None or len(a) != len(b):
+def _length(vector: oir.Value | None) -> int | None:
+    if vector is None or vector.shape is None or len(vector.shape) != 1:
         return None
-    return oir.Shape(x if x == y else context.new_symbolic_dim() for x, y in zip(a, b, strict=True))
+    size = vector.shape[0]
+    return size if isinstance(size, int) else None
 
 
-CONTROL_FLOW: dict[str, Callable[[ShapeInferenceContext, oir.Node, Walk], None]] = {
-    "If": _if,
-    "Loop": _loop,
-    "Scan": _scan,
+def _fresh(context: ShapeInferenceContext, rank: int) -> oir.Shape:
+    return oir.Shape([context.new_symbolic_dim() for _ in range(rank)])
+
+
+_BROADCASTING = """
+    Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod
+    Mul Or Pow Sub Sum Where Xor
+"""
+_REDUCTIONS = """
+    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
+"""
+_CORRECTIONS: dict[str, Correction] = {
+    **dict.fromkeys(_BROADCASTING.split(), _elementwise),
+    **dict.fromkeys(_MATMUL_B, _matmul),
+    **dict.fromkeys(["AveragePool", "MaxPool", "LpPool", "Conv", "ConvInteger", "QLinearConv"], _pool),
+    **dict.fromkeys(["Reshape", "ConstantOfShape"], _from_shape_vector),
+    **dict.fromkeys(_REDUCTIONS.split(), _reduction),
+    "Expand": _expand,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Unique": _unique,
 }

@@ -19,7 +19,9 @@ from onnx_shape_inference import (
     ShapeInferenceError,
     registry,
 )
-from optc.ir import provenance, shape_rules
+
+from optc.errors import InvalidModelError, OptcError
+from optc.ir import provenance, shape_control, shape_rules
 from optc.ir.dims import (
     Dim,
     all_values,
@@ -28,12 +30,11 @@ from optc.ir.dims import (
     dim_names,
     from_expr,
     name_input_dims,
+    names,
     subgraphs,
     to_expr,
     used_names,
 )
-
-from optc.errors import InvalidModelError
 
 __all__ = ["bind", "contents", "dim_names", "from_expr", "infer", "to_expr"]
 
@@ -72,7 +73,15 @@ class _Context(ShapeInferenceContext):
         super().set_symbolic_value(value, canonical(data))
 
     def contents(self) -> dict[oir.Value, tuple[Dim, ...]]:
-        return {value: tuple(data) for value, data in self._symbolic_values.items()}
+        """Return the elements of integer vectors. One that involves data is left out: it may be negative."""
+        return {
+            value: tuple(data)
+            for value, data in self._symbolic_values.items()
+            if not any(self.is_generated_symbol(name) for dim in data for name in names(str(dim)))
+        }
+
+    def add_symbolic_equality(self, a: Dim | str, b: Dim | str) -> None:
+        """Record nothing: this inference never renames dimensions."""
 
 
 class _Inference:
@@ -112,19 +121,24 @@ class _Inference:
             if value is not None:
                 context.name_anonymous_dims(value)
         try:
-            control = shape_rules.CONTROL_FLOW.get(node.op_type) if node.domain == "" else None
-            if control is not None:
+            version = context.get_opset_version(node.domain)
+            control = shape_control.RULES.get(node.op_type) if node.domain == "" else None
+            if control is not None and version >= shape_control.MIN_OPSET:
                 control(context, node, lambda graph: self.walk(graph, scratch))
                 return
             for graph in subgraphs(node):
                 self.walk(graph, scratch)
-            rule = registry.get(node.domain, node.op_type, context.get_opset_version(node.domain))
+            rule = registry.get(node.domain, node.op_type, version)
             if rule is not None:
+                before = [v.shape for v in node.outputs]
                 rule(context, node)
-                shape_rules.correct(context, node)
-        except (OpUsageError, ShapeInferenceError) as error:
+                shape_rules.correct(context, node, before)
+        except OptcError:
+            raise
+        except Exception as error:  # the rules raise errors of every kind when a model is illegal
+            cause = error.message if isinstance(error, OpUsageError | ShapeInferenceError) else repr(error)
             raise InvalidModelError(
-                f"{provenance.describe(node)}: {error.message}; its inputs are {_describe_inputs(node)}",
+                f"{provenance.describe(node)}: {cause}; its inputs are {_describe_inputs(node)}",
                 hint="check the model with onnx.checker.check_model(path, full_check=True)",
             ) from error
 

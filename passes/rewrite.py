@@ -67,9 +67,10 @@ def rule(name: str, *anchors: str) -> Callable[[RuleFunction], Rule]:
 class Ops:
     """Builds replacement nodes: ``ops("Mul", x, y)``. Constants become outermost initializers."""
 
-    def __init__(self, graph: oir.Graph, anchor: oir.Node) -> None:
+    def __init__(self, graph: oir.Graph, anchor: oir.Node, opset: int) -> None:
         self.graph = graph
         self.anchor = anchor
+        self.opset = opset
         self.nodes: list[oir.Node] = []
         self.constants: list[oir.Value] = []
 
@@ -173,7 +174,7 @@ class _Sweep:
 
     def _node(self, graph: oir.Graph, node: oir.Node) -> bool:
         for entry in (*self.rules.get(node.op_type, ()), *self.rules.get(ANY, ())):
-            ops = Ops(graph, node)
+            ops = Ops(graph, node, self.root.opset_imports[""])
             outcome = entry.function(node, ops)
             key = (entry.name, node.name or "")
             if isinstance(outcome, Rewrite):
@@ -188,17 +189,16 @@ class _Sweep:
 
     def _commit(self, graph: oir.Graph, anchor: oir.Node, ops: Ops, rewrite: Rewrite, rule_name: str) -> None:
         if len(rewrite.values) != len(anchor.outputs):
-            raise AssertionError(
-                f"{rule_name}: {len(rewrite.values)} values for {len(anchor.outputs)} outputs"
-            )
+            raise AssertionError(f"{rule_name}: {len(rewrite.values)} values for {len(anchor.outputs)} outputs")
         for value in ops.constants:
             value.name = self.namer.fresh(value.name or "constant")
             self.root.initializers.add(value)
         for node in ops.nodes:
-            node.name = self.namer.fresh(f"{anchor.name}/{node.op_type}")
+            # Nodes that a rule moved here, out of a branch, keep their names.
+            node.name = node.name or self.namer.fresh(f"{anchor.name}/{node.op_type}")
             for output in node.outputs:
-                output.name = self.namer.fresh(f"{node.name}.out")
-            provenance.inherit(node, [anchor], made_by=rule_name)
+                output.name = output.name or self.namer.fresh(f"{node.name}.out")
+            provenance.inherit(node, [node, anchor], made_by=rule_name)
         for old, new in zip(anchor.outputs, rewrite.values, strict=True):
             inherit_type(old, new)
         self.typer.infer(ops.nodes)
@@ -252,9 +252,7 @@ def inherit_type(old: oir.Value, new: oir.Value) -> None:
     if new.shape is None:
         new.shape = old.shape
     elif old.shape is not None and len(old.shape) == len(new.shape) and old.shape != new.shape:
-        new.shape = oir.Shape(
-            [o if isinstance(o, int) else n for o, n in zip(old.shape, new.shape, strict=True)]
-        )
+        new.shape = oir.Shape([o if isinstance(o, int) else n for o, n in zip(old.shape, new.shape, strict=True)])
 
 
 def replace_value(graph: oir.Graph, old: oir.Value, new: oir.Value, namer: Namer) -> None:
@@ -305,12 +303,7 @@ def remove_dead(nodes: Iterable[oir.Node | None]) -> int:
 
 def is_unused_initializer(value: oir.Value) -> bool:
     """Tell whether ``value`` is an initializer, and neither a graph input nor output, that no node reads."""
-    return (
-        value.is_initializer()
-        and not value.is_graph_input()
-        and not value.is_graph_output()
-        and not value.uses()
-    )
+    return value.is_initializer() and not value.is_graph_input() and not value.is_graph_output() and not value.uses()
 
 
 def _with_nested(node: oir.Node) -> list[oir.Node]:

@@ -108,8 +108,7 @@ def read_directory(data: memoryview) -> dict[str, memoryview]:
     if bytes(data[-len(layout.tail) :]) != layout.tail:
         raise ArtifactError("the artifact is damaged: its directory is wrong")
     return {
-        entry.name: data[offset : offset + entry.size]
-        for entry, offset in zip(entries, layout.offsets, strict=True)
+        entry.name: data[offset : offset + entry.size] for entry, offset in zip(entries, layout.offsets, strict=True)
     }
 
 

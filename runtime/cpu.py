@@ -128,8 +128,7 @@ def check_target(target: Target, code: bytes | memoryview) -> None:
     missing = missing_features(target.features)
     if missing:
         raise TargetMismatchError(
-            f"the artifact is for CPU {target.cpu!r} and uses instructions that this CPU lacks: "
-            f"{', '.join(missing)}",
+            f"the artifact is for CPU {target.cpu!r} and uses instructions that this CPU lacks: {', '.join(missing)}",
             hint=hint,
         )
 

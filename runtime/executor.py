@@ -58,9 +58,7 @@ class Code:
 class _Pool:
     """The state that the runners of a model share with it."""
 
-    def __init__(
-        self, code: Code, weights: Sequence[ffi.Ref], keep: object, allocator: int, threads: int
-    ) -> None:
+    def __init__(self, code: Code, weights: Sequence[ffi.Ref], keep: object, allocator: int, threads: int) -> None:
         self.code = code
         self.weights = weights
         self.keep = keep
@@ -102,6 +100,8 @@ class _Pool:
     def close(self) -> None:
         self.closed = True
         self.set_threads(self.threads)
+        if self.allocator == POOLED_ALLOCATOR:
+            ffi.call(_clear_memory())
 
 
 class _Inline:
@@ -209,9 +209,7 @@ class Machine:
 class Executor:
     """Runs calls of one model from any number of threads."""
 
-    def __init__(
-        self, code: Code, weights: Sequence[ffi.Ref], keep: object, *, allocator: int, threads: int
-    ) -> None:
+    def __init__(self, code: Code, weights: Sequence[ffi.Ref], keep: object, *, allocator: int, threads: int) -> None:
         self._pool = _Pool(code, weights, keep, allocator, threads)
         _pools.add(self._pool)
         weakref.finalize(self, self._pool.close)
@@ -253,11 +251,6 @@ def configure_threads(count: int) -> None:
     ffi.call(_config_threadpool(), _SHARE_CORES, count, cores)
 
 
-def release_free_memory() -> None:
-    """Return the free blocks of TVM's pooled allocator to the system."""
-    ffi.call(_clear_memory())
-
-
 @cache
 def _make_array() -> ffi.Ref:
     return ffi.global_function("ffi.Array")
@@ -270,6 +263,7 @@ def _config_threadpool() -> ffi.Ref:
 
 @cache
 def _clear_memory() -> ffi.Ref:
+    """Returns the free blocks of TVM's pool, which all models share, to the system."""
     return ffi.global_function("vm.builtin.memory_manager.clear")
 
 

@@ -260,9 +260,7 @@ def view(address: int, code: int, bits: int, shape: Sequence[int]) -> Ref:
     prototype = DLTensor(address, CPU, 0, ndim, code, bits, 1, shape_pointer, stride_pointer, 0)
     handle = ctypes.c_void_p()
     owner = _view_owner()
-    check(
-        library().TVMFFITensorCreateUnsafeView(owner.address, ctypes.byref(prototype), ctypes.byref(handle))
-    )
+    check(library().TVMFFITensorCreateUnsafeView(owner.address, ctypes.byref(prototype), ctypes.byref(handle)))
     assert handle.value
     return Ref(handle.value)
 

@@ -23,6 +23,9 @@ WEIGHTS = "weights.bin"
 REQUIRED_FILES = (CODE, REPORT, WEIGHTS)
 """The files every manifest lists; the tuning records are optional."""
 
+ACTIVATIONS = "activations"
+"""Key of ``Manifest.memory``: bytes of the activations, stated only if their sizes are all fixed."""
+
 WEIGHT_ALIGNMENT = 64
 """Generated vector code assumes tensors aligned to a cache line."""
 

@@ -29,12 +29,8 @@ def prepare(specs: Sequence[TensorSpec], given: Mapping[str, object]) -> list[Ar
     missing = [spec.name for spec in specs if spec.name not in given]
     unknown = [name for name in given if name not in expected]
     if missing or unknown:
-        problem = [f"missing input {name!r}" for name in missing] + [
-            f"unknown input {name!r}" for name in unknown
-        ]
-        raise InputError(
-            "; ".join(problem), hint=f"the model takes {'; '.join(map(str, specs)) or 'no inputs'}"
-        )
+        problem = [f"missing input {name!r}" for name in missing] + [f"unknown input {name!r}" for name in unknown]
+        raise InputError("; ".join(problem), hint=f"the model takes {'; '.join(map(str, specs)) or 'no inputs'}")
     arrays, bound = [], dict[str, tuple[int, str]]()
     for spec in specs:
         array = _to_array(given[spec.name], spec)

@@ -13,8 +13,8 @@ import numpy as np
 from optc.runtime import container, ffi
 from optc.runtime.cpu import check_target, default_threads
 from optc.runtime.dtypes import dlpack_type
-from optc.runtime.executor import NAIVE_ALLOCATOR, Code, Executor
-from optc.runtime.format import CODE, MANIFEST, REPORT, WEIGHTS, Manifest, parse_manifest
+from optc.runtime.executor import NAIVE_ALLOCATOR, POOLED_ALLOCATOR, Code, Executor
+from optc.runtime.format import ACTIVATIONS, CODE, MANIFEST, REPORT, WEIGHTS, Manifest, parse_manifest
 from optc.runtime.inputs import address
 from optc.runtime.model import Model
 
@@ -65,10 +65,7 @@ def load_descriptor(fd: int, *, verify: Verify = "full", threads: int | None = N
 
     weights = np.frombuffer(files[WEIGHTS], np.uint8)
     start = address(weights) if weights.size else 0
-    views = [
-        ffi.view(start + weight.offset, *dlpack_type(weight.dtype), weight.shape)
-        for weight in manifest.weights
-    ]
+    views = [ffi.view(start + weight.offset, *dlpack_type(weight.dtype), weight.shape) for weight in manifest.weights]
     try:
         code = Code(files[CODE], manifest.entry)
     except ffi.TvmError as error:
@@ -77,7 +74,7 @@ def load_descriptor(fd: int, *, verify: Verify = "full", threads: int | None = N
         code,
         views,
         weights,
-        allocator=NAIVE_ALLOCATOR,
+        allocator=_allocator(manifest),
         threads=manifest.target.threads or default_threads(),
     )
     model = Model(manifest, bytes(files[REPORT]), executor, (start, start + weights.size))
@@ -101,9 +98,7 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[Manifest, bytes]:
     finally:
         os.close(fd)
     if hashlib.sha256(report).hexdigest() != manifest.files[REPORT].sha256:
-        raise HashMismatchError(
-            f"the artifact is damaged: {REPORT} does not have the hash its manifest states"
-        )
+        raise HashMismatchError(f"the artifact is damaged: {REPORT} does not have the hash its manifest states")
     return manifest, report
 
 
@@ -135,12 +130,20 @@ def _read(data: memoryview) -> tuple[Manifest, dict[str, memoryview]]:
     return manifest, files
 
 
+def _allocator(manifest: Manifest) -> int:
+    """Choose how activations are allocated.
+
+    TVM's pool keeps a list of free blocks per exact size: ideal when the compiler has planned all sizes, but
+    with changing sizes it only grows, so those models take their memory from malloc.
+    """
+    planned = ACTIVATIONS in manifest.memory and not manifest.symbolic
+    return POOLED_ALLOCATOR if planned else NAIVE_ALLOCATOR
+
+
 def _check_tvm(manifest: Manifest) -> None:
     """Raise ArtifactError unless the code was made by the series of TVM (major.minor) installed here."""
     text = (ffi.library_folder("tvm").parent / "_version.py").read_text()
-    installed = next(
-        (line.split("'")[1] for line in text.splitlines() if line.startswith("__version__ =")), ""
-    )
+    installed = next((line.split("'")[1] for line in text.splitlines() if line.startswith("__version__ =")), "")
     made_by = manifest.producer.get("tvm", "")
     if made_by.split(".")[:2] != installed.split(".")[:2]:
         raise ArtifactError(

@@ -34,9 +34,7 @@ class KernelTime:
 class Model:
     """A compiled model. All methods may be called from several threads at once."""
 
-    def __init__(
-        self, manifest: Manifest, report: bytes, executor: Executor, weights: tuple[int, int]
-    ) -> None:
+    def __init__(self, manifest: Manifest, report: bytes, executor: Executor, weights: tuple[int, int]) -> None:
         self._manifest = manifest
         self._report = report
         self._executor = executor
@@ -96,13 +94,9 @@ class Model:
         except ffi.TvmError as error:
             raise self._explain(error, arrays) from error
         if len(outputs) != len(self._manifest.outputs):
-            raise OptcError(
-                f"the code returned {len(outputs)} outputs instead of {len(self._manifest.outputs)}"
-            )
+            raise OptcError(f"the code returned {len(outputs)} outputs instead of {len(self._manifest.outputs)}")
         outputs = self._own(outputs, arrays)
-        return {
-            spec.name: DLPackTensor(ref) for spec, ref in zip(self._manifest.outputs, outputs, strict=True)
-        }
+        return {spec.name: DLPackTensor(ref) for spec, ref in zip(self._manifest.outputs, outputs, strict=True)}
 
     def __call__(self, *inputs: object) -> NDArray[Any] | tuple[NDArray[Any], ...]:
         """Run on inputs by position; returns the output, or a tuple if the model has several (or none)."""
@@ -129,8 +123,7 @@ class Model:
 
         self._executor.call_on_new_machine(measure)
         times = [
-            KernelTime(name, calls // repeat, total / repeat / 1e9)
-            for name, (calls, total) in clock.totals.items()
+            KernelTime(name, calls // repeat, total / repeat / 1e9) for name, (calls, total) in clock.totals.items()
         ]
         return sorted(times, key=lambda time: -time.seconds)
 

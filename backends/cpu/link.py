@@ -14,7 +14,7 @@ from optc.backends.base import Target
 
 from optc.errors import MissingDependencyError, OptcError
 
-_FLAGS = ["-shared", "-fPIC", "-nostdlib", "-Wl,--build-id=none", "-Wl,-z,noexecstack"]
+_FLAGS = ["-shared", "-fPIC", "-nostdlib", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,--strip-debug"]
 
 
 def linker(target: Target) -> list[str]:

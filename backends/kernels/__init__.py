@@ -1,1 +1,1 @@
-
+"""Tensor computes and, beside each, its schedule."""

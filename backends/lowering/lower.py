@@ -78,7 +78,7 @@ class Lowerer:
         self.dims: dict[str, Any] = {}
         self.refused: list[str] = []
         self.poisoned: set[oir.Value] = set()
-        self.analyzer = tvm.arith.Analyzer()
+        self.analyzer = tvm.sym.Analyzer()
 
     def run(self) -> Lowered:
         """Lower the whole model."""

@@ -36,11 +36,7 @@ def _checked(node: oir.Node, x: oir.Value, build: oir.Value) -> Outcome:
 def sigmoid(node: oir.Node, ops: Ops) -> Outcome:
     """Fuse a sigmoid written with Exp; ``c / (1 + exp(-x))`` keeps the numerator as a factor."""
     denominator = node.inputs[-1]
-    power = (
-        next((v for v in below(denominator, "Add", depth=1) if producer(v, "Exp")), None)
-        if denominator
-        else None
-    )
+    power = next((v for v in below(denominator, "Add", depth=1) if producer(v, "Exp")), None) if denominator else None
     if power is None or not is_polynomial(polynomial(denominator, [power]), {(0,): 1.0, (1,): 1.0}, 1e-6):
         return None
     exponent = power.producer().inputs[0]  # type: ignore[union-attr]
@@ -160,9 +156,7 @@ def _largest(x: oir.Value) -> float:
 
 def _clip(ops: Ops, x: oir.Value, low: float, high: float) -> oir.Value:
     assert x.dtype is not None
-    limits = [
-        ops.constant(np.array(v, x.dtype.numpy()), "bound") if math.isfinite(v) else None for v in (low, high)
-    ]
+    limits = [ops.constant(np.array(v, x.dtype.numpy()), "bound") if math.isfinite(v) else None for v in (low, high)]
     return ops("Clip", x, *(limits if limits[1] is not None else limits[:1]))
 
 
@@ -307,12 +301,7 @@ def leaky_relu_from_where(node: oir.Node, ops: Ops) -> Outcome:
     """Fuse a selection by sign."""
     condition = producer(node.inputs[0], "Greater", "GreaterOrEqual")
     x = node.inputs[1]
-    if (
-        condition is None
-        or x is None
-        or condition.inputs[0] is not x
-        or not is_scalar(condition.inputs[1], 0.0, 0.0)
-    ):
+    if condition is None or x is None or condition.inputs[0] is not x or not is_scalar(condition.inputs[1], 0.0, 0.0):
         return None
     slopes = polynomial(node.inputs[2], [x])
     if slopes is None or slopes.keys() != {(1,)}:
@@ -331,11 +320,7 @@ def prelu(node: oir.Node, ops: Ops) -> Outcome:
             continue
         for factor, mirrored in commuted(product):
             slope, inner = constant(factor), producer(mirrored, "Relu")
-            if (
-                slope is None
-                or inner is None
-                or not is_polynomial(polynomial(inner.inputs[0], [x]), {(1,): -1.0})
-            ):
+            if slope is None or inner is None or not is_polynomial(polynomial(inner.inputs[0], [x]), {(1,): -1.0}):
                 continue
             slope = slope if node.op_type == "Sub" else -slope
             if slope.size == 1:

@@ -57,9 +57,7 @@ def conv_bias(node: oir.Node, ops: Ops) -> Outcome:
             return Miss("the weight is not constant, so the number of channels is unknown")
         vector, bias = along(shift, dims, 1, channels), bias_of(conv, channels)
         if vector is None or bias is None:
-            return Miss(
-                f"constant of shape {shift.shape} is not one per channel, or the bias is not constant"
-            )
+            return Miss(f"constant of shape {shift.shape} is not one per channel, or the bias is not constant")
         if (reason := leak(node, conv.inputs[0])) is not None:
             return Miss(reason)
         total = (bias + (vector if node.op_type == "Add" else -vector)).astype(shift.dtype)
@@ -120,42 +118,43 @@ def matmul_from_gemm(node: oir.Node, ops: Ops) -> Outcome:
     """A Gemm that neither adds, scales nor transposes is a MatMul."""
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         return None
-    plain = (
-        number(node, "alpha", 1.0) == 1.0
-        and not integer(node, "transA", 0)
-        and not integer(node, "transB", 0)
-    )
+    plain = number(node, "alpha", 1.0) == 1.0 and not integer(node, "transA", 0) and not integer(node, "transB", 0)
     return Rewrite([ops("MatMul", node.inputs[0], node.inputs[1])]) if plain else None
 
 
-@rule("Reshape(Gemm(Reshape(x,[-1,K]),w,c)) => MatMul(x,w)+c", "Reshape")
+@rule("Reshape(Gemm(Reshape(x,[M,K]),w,c),[..,N]) => MatMul(Reshape(x,[..,K]),w)+c", "Reshape")
 def unflattened_gemm(node: oir.Node, ops: Ops) -> Outcome:
-    """Drop reshapes around a Gemm over flattened leading dimensions (GPT-2's Conv1D, TensorFlow's Dense)."""
-    gemm = producer(node.inputs[0], "Gemm", "MatMul")
-    flat = producer(gemm.inputs[0], "Reshape") if gemm is not None else None
-    if gemm is None or flat is None or flat.inputs[0] is None or integer(gemm, "transA", 0):
+    """Multiply in the shape that is wanted at the end (GPT-2's Conv1D, TensorFlow's Dense).
+
+    The reshape that stays is dropped too where x has the leading dimensions of the result already.
+    """
+    product = producer(node.inputs[0], "Gemm", "MatMul")
+    flat = producer(product.inputs[0], "Reshape") if product is not None else None
+    if product is None or flat is None or flat.inputs[0] is None or integer(product, "transA", 0):
         return None
-    x, out, weight = flat.inputs[0], node.outputs[0], gemm.inputs[1]
-    matrix = flat.outputs[0].shape
-    if integer(gemm, "transB", 0) or number(gemm, "alpha", 1.0) != 1.0 or number(gemm, "beta", 1.0) != 1.0:
+    x, out, weight = flat.inputs[0], node.outputs[0], product.inputs[1]
+    plain = number(product, "alpha", 1.0) == 1.0 and number(product, "beta", 1.0) == 1.0
+    bias = product.inputs[2] if len(product.inputs) > 2 else None
+    if integer(product, "transB", 0) or not plain or rank(flat.outputs[0]) != 2 or rank(weight) != 2:
         return None
-    if x.shape is None or out.shape is None or matrix is None or len(matrix) != 2 or rank(weight) != 2:
+    if x.shape is None or out.shape is None or len(out.shape) < 3 or (bias is not None and rank(bias) != 1):
         return None
-    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
-    if rank(bias) not in (None, 0, 1) or (bias is not None and bias.shape is None):
-        return None
-    same = len(x.shape) == len(out.shape) and all(map(same_dim, x.shape[:-1], out.shape[:-1]))
     assert weight is not None and weight.shape is not None
-    if not same or not same_dim(matrix[1], x.shape[-1]) or not same_dim(out.shape[-1], weight.shape[1]):
-        return Miss(f"the product of {x.shape} as {matrix} is reshaped to {out.shape}, not split again")
+    inner, columns = weight.shape
+    if not same_dim(out.shape[-1], columns) or not isinstance(inner, int):
+        return Miss(f"{weight.shape} multiplied and reshaped to {out.shape} does not keep the columns")
     if (reason := leak(node, x, weight, bias, node.inputs[1], flat.inputs[1])) is not None:
         return Miss(reason)
-    product = ops("MatMul", x, weight, like=out)
-    return Rewrite([ops("Add", product, bias) if bias is not None else product])
+    wanted = [*out.shape[:-1], inner]
+    if len(x.shape) != len(wanted) or not all(map(same_dim, x.shape, wanted)):
+        if sum(not isinstance(d, int) for d in wanted) > 1:
+            return Miss(f"{wanted} has more than one symbolic dimension")
+        target = np.array([d if isinstance(d, int) else -1 for d in wanted], np.int64)
+        x = ops("Reshape", x, ops.constant(target, "shape"), allowzero=0, shape=oir.Shape(wanted), dtype=x.dtype)
+    whole = ops("MatMul", x, weight, like=out)
+    return Rewrite([ops("Add", whole, bias) if bias is not None else whole])
 
 
 def bias_pass() -> RewritePass:
     """Return the pass that folds biases and normalises Gemm."""
-    return RewritePass(
-        "fuse-bias", [conv_bias, gemm_plain, matmul_from_gemm, unflattened_gemm, gemm_from_matmul]
-    )
+    return RewritePass("fuse-bias", [conv_bias, gemm_plain, matmul_from_gemm, unflattened_gemm, gemm_from_matmul])

@@ -1,7 +1,7 @@
 """Batch normalization and constant scales around Conv, ConvTranspose, Gemm and MatMul fold into the weights.
 
-New weights are computed in float64 and rounded once. Weights that another node reads too are copied only where
-that pays: where the copy is not larger than the activation whose extra pass it saves.
+New weights are computed in float64 and rounded once. Weights that another node reads too are copied only
+where that pays: where the copy is not larger than the activation whose extra pass it saves.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def _scaled_channels(conv: oir.Node, weight: np.ndarray, scale: np.ndarray, *, o
     return scaled.reshape(weight.shape)
 
 
-def _after_conv(
-    node: oir.Node, conv: oir.Node, ops: Ops, scale: np.ndarray, shift: np.ndarray | None
-) -> Outcome:
+def _after_conv(node: oir.Node, conv: oir.Node, ops: Ops, scale: np.ndarray, shift: np.ndarray | None) -> Outcome:
     """Build ``conv`` with ``scale`` and ``shift`` of its output channels folded in, in place of ``node``."""
     value, weight = conv.inputs[1], constant(conv.inputs[1])
     bias = bias_of(conv, len(scale))
@@ -132,9 +130,7 @@ def scale_after_conv(node: oir.Node, ops: Ops) -> Outcome:
     return _after_conv(node, conv, ops, scale, None)
 
 
-def _after_gemm(
-    node: oir.Node, gemm: oir.Node, ops: Ops, scale: np.ndarray, shift: np.ndarray | None
-) -> Outcome:
+def _after_gemm(node: oir.Node, gemm: oir.Node, ops: Ops, scale: np.ndarray, shift: np.ndarray | None) -> Outcome:
     """Build ``gemm`` with ``scale`` and ``shift`` of its output columns folded in, in place of ``node``."""
     value, weight = gemm.inputs[1], constant(gemm.inputs[1])
     bias_value = gemm.inputs[2] if len(gemm.inputs) > 2 else None
@@ -227,9 +223,7 @@ def scale_before_conv(node: oir.Node, ops: Ops) -> Outcome:
     x, factor = found
     if (miss := widened(before, x)) is not None:
         return miss
-    channels = (
-        weight.shape[0] if node.op_type == "ConvTranspose" else weight.shape[1] * integer(node, "group", 1)
-    )
+    channels = weight.shape[0] if node.op_type == "ConvTranspose" else weight.shape[1] * integer(node, "group", 1)
     scale = along(factor, weight.ndim, 1, channels)
     if scale is None:
         return Miss(f"a factor of shape {factor.shape} is not one per input channel")
@@ -263,9 +257,7 @@ def shift_before_conv(node: oir.Node, ops: Ops) -> Outcome:
         return Miss(f"a constant of shape {shift.shape} is not one per input channel")
     if (reason := leak(node, x)) is not None:
         return Miss(reason)
-    sums = (
-        weight.astype(np.float64).reshape(group, -1, weight.shape[1], int(np.prod(weight.shape[2:]))).sum(-1)
-    )
+    kernels = weight.astype(np.float64).reshape(group, len(weight) // group, weight.shape[1], -1)
     extra = np.einsum("goik,gi->go", kernels, vector.reshape(group, -1)).reshape(-1)
     total = bias + (extra if before.op_type == "Add" else -extra)
     return Rewrite([copied(ops, node, x, node.inputs[1], ops.constant(total.astype(weight.dtype), "bias"))])

@@ -104,9 +104,7 @@ def _core(node: oir.Node) -> _Core | None:
     return None
 
 
-def _normalized(
-    ops: Ops, core: _Core, scale: oir.Value | None = None, bias: oir.Value | None = None
-) -> Outcome:
+def _normalized(ops: Ops, core: _Core, scale: oir.Value | None = None, bias: oir.Value | None = None) -> Outcome:
     """Build the operator for ``core``; constants of one and zero stand for a missing scale and bias."""
     x, axes = core.x, core.axes
     assert x.shape is not None and x.dtype is not None
@@ -180,28 +178,28 @@ def _tensorflow_core(
 def _parameter(ops: Ops, core: _Core, value: oir.Value | None) -> oir.Value | None:
     """Return ``value`` in exactly the shape of the normalized dimensions, or None where it has another."""
     assert core.x.shape is not None
-    return _shaped(ops, value, [d for d in core.x.shape[core.axes[0] :] if isinstance(d, int)], core.x.dtype)
+    sizes = [d for d in core.x.shape[core.axes[0] :] if isinstance(d, int)]
+    array = _shaped(value, sizes, core.x.dtype)
+    if array is not None:
+        return ops.constant(array, "parameter")
+    return value if _is_exact(value, sizes, core.x.dtype) else None
 
 
-def _shaped(
-    ops: Ops, value: oir.Value | None, sizes: list[int], dtype: oir.DataType | None
-) -> oir.Value | None:
-    if value is None or value.dtype != dtype:
-        return None
+def _is_exact(value: oir.Value | None, sizes: list[int], dtype: oir.DataType | None) -> bool:
+    return value is not None and value.dtype == dtype and static_shape(value) == tuple(sizes)
+
+
+def _shaped(value: oir.Value | None, sizes: list[int], dtype: oir.DataType | None) -> np.ndarray | None:
+    """Return the constant ``value`` broadcast to ``sizes``, or None where it is not constant or does not fit."""
     array = constant(value)
-    if array is None:
-        return value if static_shape(value) == tuple(sizes) else None
+    if array is None or value is None or value.dtype != dtype:
+        return None
     while array.ndim > len(sizes) and array.shape[0] == 1:
         array = array[0]
-    if array.ndim > len(sizes) or any(
-        n not in (1, size) for n, size in zip(array.shape[::-1], sizes[::-1], strict=False)
-    ):
+    pairs = zip(array.shape[::-1], sizes[::-1], strict=False)
+    if array.ndim > len(sizes) or any(n not in (1, size) for n, size in pairs):
         return None
-    return (
-        value
-        if array.shape == tuple(sizes) and array is constant(value)
-        else ops.constant(np.broadcast_to(array, sizes).copy(), "parameter")
-    )
+    return np.broadcast_to(array, sizes).copy()
 
 
 def _norm_operand(node: oir.Node, op_types: tuple[str, ...]) -> tuple[oir.Node, oir.Value | None] | None:
@@ -244,19 +242,19 @@ def _absorb(node: oir.Node, ops: Ops, slot: int, neutral: float) -> Outcome:
     if known is None:
         return Miss("the shape of the normalized dimensions is not known")
     sizes, x = known
-    parameter = _shaped(ops, other, sizes, x.dtype)
-    if parameter is None:
+    by_channel = norm.op_type in ("InstanceNormalization", "GroupNormalization")
+    array = _shaped(other, sizes, x.dtype)
+    if array is None and (by_channel or not _is_exact(other, sizes, x.dtype)):
         shape = other.shape if other is not None else None
-        return None if constant(other) is None else Miss(f"{shape} does not broadcast to {sizes}")
+        return Miss(f"{shape} does not broadcast to {sizes}") if constant(other) is not None else None
     if not same_shape(node.outputs[0], x):
         return Miss(f"the result has shape {node.outputs[0].shape}, the normalization {x.shape}")
     if not used_once(norm.outputs[0]):
         return Miss(f"'{norm.outputs[0].name}' is used elsewhere too")
-    array = constant(parameter)
-    if norm.op_type in ("InstanceNormalization", "GroupNormalization"):
-        if array is None:
-            return Miss("a per-channel parameter that is not constant would need a reshape")
-        parameter = ops.constant(array.reshape(-1), "parameter")
+    if array is not None:
+        parameter = ops.constant(array.reshape(-1) if by_channel else array, "parameter")
+    else:
+        parameter = other
     inputs = list(norm.inputs) + [None] * (slot + 1 - len(norm.inputs))
     inputs[slot] = parameter
     attributes = {name: attribute.value for name, attribute in norm.attributes.items()}
@@ -283,11 +281,7 @@ def norm_cast_island(node: oir.Node, ops: Ops) -> Outcome:
     x = widen.inputs[0] if widen is not None else None
     if norm is None or x is None or x.dtype not in (oir.DataType.FLOAT16, oir.DataType.BFLOAT16):
         return None
-    if (
-        node.outputs[0].dtype != x.dtype
-        or norm.inputs[0] is None
-        or norm.inputs[0].dtype != oir.DataType.FLOAT
-    ):
+    if node.outputs[0].dtype != x.dtype or norm.inputs[0] is None or norm.inputs[0].dtype != oir.DataType.FLOAT:
         return Miss(f"the result is {node.outputs[0].dtype}, the input {x.dtype}")
     arrays = [constant(v) for v in norm.inputs[1:]]
     if any(array is None for array in arrays):
@@ -308,12 +302,7 @@ def group_norm(node: oir.Node, ops: Ops) -> Outcome:
     if norm is None or split is None or x is None or x.shape is None or x.dtype is None:
         return None
     grouped, channels = split.outputs[0].shape, x.shape[1] if len(x.shape) > 2 else None
-    if (
-        grouped is None
-        or len(grouped) != 3
-        or not isinstance(grouped[1], int)
-        or not isinstance(channels, int)
-    ):
+    if grouped is None or len(grouped) != 3 or not isinstance(grouped[1], int) or not isinstance(channels, int):
         return Miss(f"{x.shape} as {grouped} shows no groups of channels")
     if not same_shape(node.outputs[0], x) or grouped[0] != x.shape[0] or channels % grouped[1]:
         return Miss(f"{x.shape} -> {grouped} -> {node.outputs[0].shape} does not split channels only")

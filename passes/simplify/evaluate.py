@@ -1,4 +1,4 @@
-"""Evaluation of one node on arrays: NumPy for common operators, onnx's reference implementations for others."""
+"""Evaluation of one node on arrays: NumPy for common operators, onnx's reference for the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLOATS = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dty
 
 
 def evaluate(node: oir.Node, arrays: Sequence[Array | None], *, limit: int, opset: int) -> list[Array]:
-    """Return the outputs of ``node`` of operator set ``opset``, in the dtypes and shapes that ONNX prescribes.
+    """Return the outputs of ``node``, in the dtypes and shapes that ONNX prescribes for ``opset``.
 
     ``limit`` bounds the bytes of an output whose size is the content of an input. Raises EvaluationError.
     """

@@ -1,7 +1,7 @@
-"""Constant folding: a node whose inputs are all constant becomes initializers; If with a constant condition goes.
+"""Constant folding: nodes whose inputs are all constant, and If with a constant condition.
 
-Weights are folded too (a transposed or cast weight costs nothing at run time), under a size policy: the result
-may have at most 1 MB, or twice the bytes of its inputs. Random operators, operators with other subgraphs and
+Weights are folded too (a transposed or cast weight costs nothing at run time), under a size policy: the
+result may have at most 1 MB, or twice the bytes of its inputs. Random operators, operators with subgraphs and
 DequantizeLinear are never folded: the last would undo quantization.
 """
 
@@ -18,8 +18,10 @@ from optc.passes.simplify import evaluate
 MAX_BYTES = 1 << 20
 MAX_GROWTH = 2
 
+# Identity remains only where it names a graph output, and would be made anew.
 _NEVER = frozenset(
     {
+        "Identity",
         "Bernoulli",
         "Constant",
         "DequantizeLinear",
@@ -54,7 +56,7 @@ def fold(node: oir.Node, ops: Ops) -> Outcome:
     if node.op_type == "Range" and not _range_is_small(arrays, limit):
         return Miss(f"the result would be larger than {limit} bytes")
     try:
-        results = evaluate.evaluate(node, arrays, limit)
+        results = evaluate.evaluate(node, arrays, limit=limit, opset=ops.opset)
     except evaluate.EvaluationError as error:
         return Miss(str(error))
     if sum(r.nbytes for r in results) > limit:
@@ -78,11 +80,10 @@ def inline_branch(node: oir.Node, ops: Ops) -> Outcome:
 
 
 def _foldable(dtype: oir.DataType | None) -> bool:
-    return (
-        dtype is not None
-        and dtype not in (oir.DataType.STRING, oir.DataType.UNDEFINED)
-        and dtype.bitwidth >= 8
-    )
+    """Numbers of whole bytes: strings are data, packed 4-bit types would lose their packing."""
+    if dtype is None or dtype in (oir.DataType.STRING, oir.DataType.UNDEFINED):
+        return False
+    return dtype.bitwidth >= 8
 
 
 def _bytes(value: oir.Value) -> int:

@@ -7,9 +7,11 @@ from collections import defaultdict
 
 import numpy as np
 import onnx
+import onnx_ir as oir
 import pytest
 from onnx import TensorProto
 from onnx.helper import make_node as node
+from onnx.reference import ReferenceEvaluator
 from optc.frontend import canonicalize  # noqa: F401 (registers the adapters)
 from optc.frontend.onnx import load
 from optc.frontend.schemas import OLDEST_OPSET
@@ -184,9 +186,10 @@ def test_softmax_rank_is_inferred(build, same_results):
     ]
 
 
-def test_softmax_of_unknown_rank(build, same_results):
+def test_softmax_of_unknown_rank(build, evaluate):
     model = build([node("Softmax", ["x"], ["y"], axis=1)], {"x": None}, ["y"], 9)
-    same_results(model, {"x": data(2, 3, 4)})
+    x = data(2, 3, 4)
+    np.testing.assert_array_equal(evaluate(load(model), {"x": x}), evaluate(model, {"x": x}))
 
 
 def test_batch_normalization(build, same_results):
@@ -227,9 +230,6 @@ def test_group_normalization(build):
     normal = (groups - groups.mean(2, keepdims=True)) / np.sqrt(groups.var(2, keepdims=True) + 1e-5)
     scale, bias = (np.repeat(weights[k], 3)[:, None] for k in "sb")
     expected = normal.reshape(2, 6, 5) * scale + bias
-    import onnx_ir as oir
-    from onnx.reference import ReferenceEvaluator
-
     result = ReferenceEvaluator(oir.to_proto(load(model))).run(None, {"x": x})[0]
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
@@ -237,9 +237,7 @@ def test_group_normalization(build):
 def test_scatter(build, same_results):
     weights = {"i": np.array([[0, 1]], np.int64), "u": np.array([[5, 6]], F32)}
     nodes = [node("Scatter", ["x", "i", "u"], ["y"], axis=1)]
-    assert ops(same_results(build(nodes, {"x": [2, 3]}, ["y"], 9, weights), {"x": data(2, 3)})) == [
-        "ScatterElements"
-    ]
+    assert ops(same_results(build(nodes, {"x": [2, 3]}, ["y"], 9, weights), {"x": data(2, 3)})) == ["ScatterElements"]
 
 
 def test_scan_8(build, same_results):
@@ -300,9 +298,7 @@ def test_resize_10_with_scales_known_at_run_time(build, same_results, scales):
 def test_resize_11_tf_half_pixel_for_nn(build, same_results):
     weights = {"r": np.zeros(0, F32), "e": np.zeros(0, F32), "z": np.array([1, 1, 9, 3], np.int64)}
     mode = {"coordinate_transformation_mode": "tf_half_pixel_for_nn", "nearest_mode": "floor"}
-    model = build(
-        [node("Resize", ["x", "r", "e", "z"], ["y"], **mode)], {"x": [1, 1, 5, 7]}, ["y"], 11, weights
-    )
+    model = build([node("Resize", ["x", "r", "e", "z"], ["y"], **mode)], {"x": [1, 1, 5, 7]}, ["y"], 11, weights)
     canonical = same_results(model, {"x": data(1, 1, 5, 7)})
     assert [v is None for v in canonical.graph[0].inputs] == [False, True, True, False]
 
@@ -314,10 +310,13 @@ def test_resize_11_tf_half_pixel_for_nn_refused(build):
         load(build([node("Resize", ["x", "r", "s"], ["y"], **mode)], {"x": [1, 1, 5, 7]}, ["y"], 11, weights))
 
 
-def test_roi_align_10(build, same_results):
+def test_roi_align_10(build, evaluate):
     weights = {"r": np.array([[0, 0, 3, 3]], F32), "i": np.zeros(1, np.int64)}
     nodes = [node("RoiAlign", ["x", "r", "i"], ["y"], output_height=2, output_width=2, sampling_ratio=2)]
-    same_results(build(nodes, {"x": [1, 1, 5, 5]}, ["y"], 10, weights), {"x": data(1, 1, 5, 5)})
+    model, feeds = build(nodes, {"x": [1, 1, 5, 5]}, ["y"], 10, weights), {"x": data(1, 1, 5, 5)}
+    # onnxruntime has no RoiAlign of the canonical opset.
+    result = ReferenceEvaluator(oir.to_proto(load(model))).run(None, feeds)
+    np.testing.assert_allclose(result, evaluate(model, feeds), rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
@@ -333,9 +332,7 @@ def test_grid_sample_16(build, same_results, mode):
 @pytest.mark.parametrize(("shape", "attributes"), [((3, 4), {"axis": 1}), ((2,), {"axis": 0}), ((5,), {})])
 def test_broadcast_6(build, evaluate, shape, attributes):
     a, b = data(2, 3, 4, 5), data(*shape)
-    model = build(
-        [node("Add", ["a", "b"], ["y"], broadcast=1, **attributes)], {"a": a.shape, "b": shape}, ["y"], 6
-    )
+    model = build([node("Add", ["a", "b"], ["y"], broadcast=1, **attributes)], {"a": a.shape, "b": shape}, ["y"], 6)
     expected = a + b.reshape(*shape, *[1] * (4 - attributes["axis"] - len(shape)) if attributes else ())
     np.testing.assert_array_equal(evaluate(load(model), {"a": a, "b": b})[0], expected)
 
@@ -394,11 +391,9 @@ def test_new_nodes_name_their_source(build):
 def test_upgrade_inside_a_subgraph(build, same_results):
     def branch(kind: str) -> onnx.GraphProto:
         nodes = [node(kind, ["x"], ["t"], axes=[0]), node("Clip", ["t"], [f"{kind}_out"], min=0.0)]
-        return onnx.helper.make_graph(
-            nodes, kind, [], [onnx.helper.make_tensor_value_info(f"{kind}_out", 1, None)]
-        )
+        return onnx.helper.make_graph(nodes, kind, [], [onnx.helper.make_tensor_value_info(f"{kind}_out", 1, None)])
 
     nodes = [node("If", ["c"], ["y"], then_branch=branch("ReduceSum"), else_branch=branch("ReduceMean"))]
-    model = build(nodes, {"c": [], "x": [3, 4]}, ["y"], 11, types={"c": 9})
+    model = build(nodes, {"c": [], "x": [3, 4]}, ["y"], 10, types={"c": 9})
     same_results(model, {"c": np.array(True), "x": data(3, 4)})
     same_results(model, {"c": np.array(False), "x": data(3, 4)})

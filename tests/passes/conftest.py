@@ -33,6 +33,8 @@ def _build(text: str, *, opset: int = 26, **initializers: np.ndarray) -> oir.Mod
     for index, node in enumerate(model.graph.all_nodes()):
         node.name = node.name or f"n{index}"
         provenance.stamp(node, node.name)
+    for output in model.graph.outputs:
+        output.shape = None
     onnx_shape_inference.infer_symbolic_shapes(model, warn_on_missing=False)
     for graph in model.graphs():
         for node in graph:
@@ -118,7 +120,8 @@ def _check(
 def build() -> ModelBuilder:
     """``build("(float[b,3] x) => (float[b,3] y) { y = Add(x, w) }", w=array)``: a model at opset 26.
 
-    Keyword arguments are initializers. Nodes are named n0, n1, … in order; all types and shapes are inferred.
+    Keyword arguments are initializers. Nodes are named n0, n1, … in order; all shapes but those of inputs
+    are inferred, whatever the text says of outputs.
     """
     return _build
 

@@ -56,7 +56,7 @@ CASES = {
     "Reshape(w, flat)": None, "Concat<axis=1>(w, p)": None, "Cast<to=11>(w)": "double", "Cast<to=7>(w)": "int64", "Where(c, w, p)": None,
     "Div(k, k2)": "int64", "Mod(k, k2)": "int64", "Mod<fmod=1>(k, k2)": "int64", "Equal(w, p)": "bool", "Shape(w)": "int64",
     "ConstantOfShape(j)": None, "Range(zero0, three0, one0)": "int64", "MatMul(w, wt)": None, "Floor(w)": None, "Not(c)": "bool",
-    "Clip(w, lo, hi)": None, "Trilu(w)": None, "Pad(w, pads)": None, "CumSum(w, zero)": None, "Cast<to=16>(w)": "bfloat16",
+    "Clip(w, lo, hi)": None, "Trilu(w)": None, "Pad(w, pads)": None, "CumSum(w, zero0)": None, "Cast<to=16>(w)": "bfloat16",
 }  # fmt: skip
 
 

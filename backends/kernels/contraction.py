@@ -1,0 +1,122 @@
+"""Contractions (matrix products and everything that is one): computes and weight packing.
+
+A contraction is one reduction block ``acc[batch..., rows..., columns...] += row_operand * column_operand``, annotated
+with what its axes are, so that the schedule (``contraction_schedule.py``) needs no pattern matching. The row
+operand does not depend on the columns and the other way round. Without the schedule the block is ordinary TE.
+Element-wise stages that follow (bias, cast, whatever fusion adds) run on the register tile.
+
+Constant operands are packed while compiling: columns as ``[N/16, K, 16]``, rows as ``[M/6, K..., 6]``, zero-padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tvm import te, tirx
+
+TEMPLATE = "contraction"
+ROW_BLOCK = 6
+"""Rows packed together: with two vectors of columns they fill the 16 registers of AVX2 with 12 accumulators."""
+COLUMN_BLOCK = 16
+"""Columns packed together."""
+FUSIBLE = {"op_pattern": 4}
+"""Kernel attribute: element-wise consumers may be fused behind this kernel (``kOutEWiseFusable``)."""
+
+
+def accumulator(dtype: str) -> str:
+    """Return the type that products of ``dtype`` are summed in: float32 for halves, else the type itself."""
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
+
+
+def annotate(rows: Sequence[int], columns: Sequence[int], padded: str = "") -> dict[str, Any]:
+    """Return the block annotations of a contraction.
+
+    ``rows`` and ``columns`` are positions of spatial axes, each a run of neighbours; the other axes are batch. ``padded``
+    names the operand ("rows" or "columns") whose packed blocks may be read beyond its last axis.
+    """
+    return {
+        "optc.template": TEMPLATE,
+        "optc.rows": list(rows),
+        "optc.columns": list(columns),
+        "optc.padded": padded,
+    }
+
+
+def pack_columns(matrix: np.ndarray) -> np.ndarray:
+    """Pack ``[K, N]`` into ``[ceil(N/16), K, 16]``, zero-padded."""
+    k, n = matrix.shape
+    blocks = -(-n // COLUMN_BLOCK)
+    padded = np.zeros((k, blocks * COLUMN_BLOCK), matrix.dtype)
+    padded[:, :n] = matrix
+    return np.ascontiguousarray(padded.reshape(k, blocks, COLUMN_BLOCK).transpose(1, 0, 2))
+
+
+def pack_rows(weights: np.ndarray) -> np.ndarray:
+    """Pack ``[..., M, K...]`` given as ``[G, M, K...]`` into ``[G, M/6, K..., 6]`` with an even number of blocks."""
+    groups, m, *reduced = weights.shape
+    blocks = -(-m // (2 * ROW_BLOCK)) * 2
+    padded = np.zeros((groups, blocks * ROW_BLOCK, *reduced), weights.dtype)
+    padded[:, :m] = weights
+    split = padded.reshape(groups, blocks, ROW_BLOCK, *reduced)
+    return np.ascontiguousarray(np.moveaxis(split, 2, -1))
+
+
+def widen(value: Any, dtype: str) -> Any:
+    """Return ``value`` converted to ``dtype`` where it is not that already."""
+    return value if str(value.ty.dtype) == dtype else value.astype(dtype)
+
+
+def narrow(tensor: Any, dtype: str) -> Any:
+    """Return a stage that converts ``tensor`` to ``dtype``; the tensor itself if it is that already."""
+    if str(tensor.dtype) == dtype:
+        return tensor
+    return te.compute(tensor.shape, lambda *i: tensor(*i).astype(dtype), "narrow")
+
+
+def packed_matmul(a: Any, packed: Any, n: int) -> Any:
+    """``a [..., M, K]`` times a matrix packed by ``pack_columns``: ``[..., M, N]`` in the accumulator's type."""
+    dtype = accumulator(str(a.dtype))
+    k = te.reduce_axis((0, a.shape[-1]), "k")
+    rank = len(a.shape)
+
+    def element(*index: Any) -> Any:
+        *rows, j = index
+        column = packed[j // COLUMN_BLOCK, k, j % COLUMN_BLOCK]
+        return te.sum(widen(a(*rows, k), dtype) * widen(column, dtype), axis=k)
+
+    attributes = annotate(range(rank - 1), [rank - 1], "columns")
+    return te.compute((*a.shape[:-1], n), element, "matmul", attrs=attributes)
+
+
+def matmul(
+    a: Any, b: Any, batch: Sequence[Any], *, transpose_a: bool = False, transpose_b: bool = False
+) -> Any:
+    """``a [..., M, K]`` times ``b [..., K, N]`` with broadcast leading axes ``batch``, in the accumulator's type.
+
+    A transposed operand is given as ``[..., K, M]`` or ``[..., N, K]``.
+    """
+    dtype = accumulator(str(a.dtype))
+    m, depth = (a.shape[-1], a.shape[-2]) if transpose_a else (a.shape[-2], a.shape[-1])
+    n = b.shape[-2] if transpose_b else b.shape[-1]
+    k = te.reduce_axis((0, depth), "k")
+
+    def element(*index: Any) -> Any:
+        *outer, i, j = index
+        left = a(*_broadcast(a, outer, batch), *((k, i) if transpose_a else (i, k)))
+        right = b(*_broadcast(b, outer, batch), *((j, k) if transpose_b else (k, j)))
+        return te.sum(widen(left, dtype) * widen(right, dtype), axis=k)
+
+    r = len(batch)
+    return te.compute((*batch, m, n), element, "matmul", attrs=annotate([r], [r + 1]))
+
+
+def _broadcast(tensor: Any, outer: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
+    """Return the leading indices of ``tensor`` at ``outer``: 0 where its extent is 1, from the right."""
+    leading = len(tensor.shape) - 2
+    index = []
+    for extent, i in zip(tensor.shape[:leading], list(outer)[len(batch) - leading :], strict=True):
+        one = isinstance(extent, tirx.IntImm) and int(extent) == 1
+        index.append(tirx.IntImm("int64", 0) if one else i)
+    return index

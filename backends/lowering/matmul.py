@@ -1,0 +1,124 @@
+"""MatMul and Gemm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tvm import te
+
+from optc.backends.kernels import contraction
+from optc.backends.lowering.emit import shape_of
+from optc.backends.lowering.site import Site, scalar
+from optc.backends.lowering.table import Table
+
+TABLE = Table()
+
+
+@TABLE.lowers("MatMul")
+def matmul(site: Site) -> Any:
+    """MatMul-13: NumPy's matmul, ranks 1 to n with broadcast leading axes."""
+    a, b = site.tensor(0), site.tensor(1)
+    left, right = shape_of(a), shape_of(b)
+    if len(left) == 1:
+        a = site.reshape(a, [1, left[0]])
+    if len(right) == 1:
+        b = site.reshape(b, [right[0], 1])
+    constant = site.constant(1) if len(right) <= 2 else None
+    if constant is not None:
+        result = packed(site, a, constant.reshape(constant.shape[0], -1))
+    else:
+        result = product(site, a, b)
+    if len(left) > 1 and len(right) > 1:
+        return result
+    shape = shape_of(result)
+    kept = shape[:-2] + ([] if len(left) == 1 else shape[-2:-1]) + ([] if len(right) == 1 else shape[-1:])
+    return site.reshape(result, kept)
+
+
+def packed(site: Site, a: Any, matrix: np.ndarray, name: str = "matmul") -> Any:
+    """Emit ``a [..., M, K]`` times a constant ``[K, N]``."""
+    weight = site.weight(contraction.pack_columns(matrix), "packed")
+    n, dtype = matrix.shape[1], str(a.ty.dtype)
+
+    def compute(x: Any, w: Any) -> Any:
+        return contraction.narrow(contraction.packed_matmul(x, w, n), dtype)
+
+    return site.emit(compute, a, weight, name=name, attributes=contraction.FUSIBLE)
+
+
+def product(
+    site: Site, a: Any, b: Any, *, transpose_b: bool = False, scale: float | None = None, name: str = "matmul"
+) -> Any:
+    """Emit ``scale * a @ b`` with broadcast leading axes, neither operand known."""
+    batch = broadcast_shapes(site, shape_of(a)[:-2], shape_of(b)[:-2])
+    dtype = str(a.ty.dtype)
+
+    def compute(x: Any, y: Any) -> Any:
+        acc = contraction.matmul(x, y, batch, transpose_b=transpose_b)
+        if scale is not None and scale != 1.0:
+            total = acc
+            acc = te.compute(total.shape, lambda *i: total(*i) * scalar(scale, str(total.dtype)), "scale")
+        return contraction.narrow(acc, dtype)
+
+    return site.emit(compute, a, b, name=name, attributes=contraction.FUSIBLE)
+
+
+def broadcast_shapes(site: Site, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    """Broadcast two lists of dimensions; two symbols that are not provably equal are taken as equal sizes."""
+    result: list[Any] = []
+    for i in range(1, max(len(a), len(b)) + 1):
+        left = a[-i] if i <= len(a) else 1
+        right = b[-i] if i <= len(b) else 1
+        if isinstance(left, int) and isinstance(right, int) and left != right and 1 not in (left, right):
+            site.unsupported(f"shapes {list(a)} and {list(b)} do not broadcast")
+        if isinstance(left, int) and left == 1:
+            result.insert(0, right)
+        elif isinstance(right, int) and right == 1:
+            result.insert(0, left)
+        else:
+            result.insert(0, left if isinstance(left, int) else right)
+    return result
+
+
+@TABLE.lowers("Gemm")
+def gemm(site: Site) -> Any:
+    """Gemm-13: ``alpha * op(A) @ op(B) + beta * C`` with C broadcast to the result."""
+    a, dtype = site.tensor(0), site.dtype(0)
+    trans_a, trans_b = bool(site.attr("transA", 0)), bool(site.attr("transB", 0))
+    alpha, beta = site.attr("alpha", 1.0), site.attr("beta", 1.0)
+    constant = site.constant(1)
+    addends = [site.tensor(2)] if site.has(2) and beta != 0.0 else []
+    use_packed = constant is not None and not trans_a
+    second = _packed_gemm_weight(site, constant, trans_b) if use_packed else site.tensor(1)
+
+    def compute(x: Any, w: Any, *c: Any) -> Any:
+        if use_packed:
+            acc = contraction.packed_matmul(x, w, constant.shape[0 if trans_b else 1])
+        else:
+            acc = contraction.matmul(x, w, [], transpose_a=trans_a, transpose_b=trans_b)
+        if not c and alpha == 1.0:
+            return contraction.narrow(acc, dtype)
+        return te.compute(acc.shape, lambda i, j: finish(acc, i, j, *c).astype(dtype), "addend")
+
+    def finish(acc: Any, i: Any, j: Any, *c: Any) -> Any:
+        wide = str(acc.dtype)
+        value = acc[i, j] if alpha == 1.0 else acc[i, j] * scalar(alpha, wide)
+        for term in c:
+            index = [i, j][2 - len(term.shape) :]
+            extents = [acc.shape[0], acc.shape[1]][2 - len(term.shape) :]
+            index = [0 if _is_one(d) and not _is_one(e) else k for k, d, e in zip(index, term.shape, extents, strict=True)]
+            added = term(*index).astype(wide)
+            value = value + (added if beta == 1.0 else added * scalar(beta, wide))
+        return value
+
+    return site.emit(compute, a, second, *addends, name="gemm", attributes=contraction.FUSIBLE)
+
+
+def _packed_gemm_weight(site: Site, constant: np.ndarray, transposed: bool) -> Any:
+    return site.weight(contraction.pack_columns(constant.T if transposed else constant), "packed")
+
+
+def _is_one(extent: Any) -> bool:
+    return str(extent) == "1"
