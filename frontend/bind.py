@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as oir
-from optc.ir import dims
 
 from optc.errors import InvalidModelError, UsageError
+from optc.ir import dims
 
 InputShapes = Mapping[str, Sequence[int | str]]
 

@@ -12,8 +12,11 @@ from collections.abc import Iterable
 
 import onnx_ir as oir
 from onnx_ir.passes.common import ShapeInferencePass
+
+# The imports register the adapters.
+from optc.errors import InvalidModelError, UnsupportedModelError
 from optc.frontend import (
-    schemas,
+    check,
     structure,
     upgrade_rules_inputs,  # noqa: F401
     upgrade_rules_opset6,
@@ -23,10 +26,7 @@ from optc.frontend import (
 from optc.frontend.bind import name_input_dims
 from optc.frontend.names import make_unique
 from optc.frontend.upgrade import adapters, upgrade
-from optc.ir import CANONICAL_OPSET, IR_VERSION, dims, provenance, shapes
-
-# The imports register the adapters.
-from optc.errors import InvalidModelError, UnsupportedModelError
+from optc.ir import CANONICAL_OPSET, IR_VERSION, dims, provenance, schemas, shapes
 
 Declared = dict[oir.Value, tuple[oir.Shape | None, oir.TypeProtocol | None]]
 
@@ -47,7 +47,7 @@ def canonicalize(model: oir.Model) -> None:
     structure.drop_default_inputs(model)
     structure.sort(model)
     structure.inline_functions(model)
-    schemas.check_nodes(model.graph.all_nodes())
+    check.check_nodes(model.graph.all_nodes())
     _drop_missing(model)
     structure.own_outputs(model)
     structure.lift_constants(model)
@@ -59,7 +59,9 @@ def canonicalize(model: oir.Model) -> None:
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     upgrade(model, target, values, nodes)
     _drop_unused_outputs(model, target)
-    _state_defaults(model)
+    for node in model.graph.all_nodes():
+        if node.domain in model.opset_imports:
+            schemas.state_defaults(node, model.opset_imports[node.domain])
     _forget_shapes(model)
     shapes.infer(model)
     if _recall(model, declared):
@@ -87,10 +89,10 @@ def _settle_imports(model: oir.Model) -> None:
                     f"{owner} uses operators of domain '{domain or 'ai.onnx'}' and imports no opset of it",
                     hint="the list of opset imports is incomplete or the file is cut off: export it again",
                 )
-        version = imports.get("", schemas.OLDEST_OPSET)
-        if not schemas.OLDEST_OPSET <= version <= schemas.NEWEST_OPSET:
+        version = imports.get("", check.OLDEST_OPSET)
+        if not check.OLDEST_OPSET <= version <= check.NEWEST_OPSET:
             raise UnsupportedModelError(
-                f"{owner} imports opset {version}; supported are {schemas.OLDEST_OPSET} to {schemas.NEWEST_OPSET}",
+                f"{owner} imports opset {version}; supported are {check.OLDEST_OPSET} to {check.NEWEST_OPSET}",
                 hint="export the model again with another opset",
             )
 
@@ -210,17 +212,3 @@ _TYPED = frozenset({"Clip", "Pad", "Softmax", "LogSoftmax", "Hardmax", "BatchNor
 
 def _standard(model: oir.Model) -> Iterable[oir.Node]:
     return (node for node in model.graph.all_nodes() if node.domain == "")
-
-
-# onnxruntime accepts models of opset 26 but not yet these attributes of opset 25.
-_IMPLIED = frozenset({("Attention", "left_window_size"), ("Attention", "right_window_size")})
-
-
-def _state_defaults(model: oir.Model) -> None:
-    for node in model.graph.all_nodes():
-        version = model.opset_imports.get(node.domain)
-        found = schemas.signature(node.domain, node.op_type, version) if version is not None else None
-        if found is not None:
-            for name, attribute in found.defaults.items():
-                if (node.op_type, name) not in _IMPLIED:
-                    node.attributes.setdefault(name, attribute)

@@ -9,11 +9,11 @@ from pathlib import Path
 import onnx
 import onnx_ir as oir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from optc.errors import InvalidModelError, UsageError
 from optc.frontend import proto, structure
 from optc.frontend.bind import InputShapes, bind, name_input_dims
 from optc.frontend.canonicalize import canonicalize
-
-from optc.errors import InvalidModelError, UsageError
 
 
 def load(
@@ -39,7 +39,10 @@ def load(
         if isinstance(source, oir.Model):
             model = source
         elif isinstance(source, onnx.ModelProto):
-            model = _from_proto(source, None)
+            # Renaming a weight would rename it in the protobuf of the caller.
+            message = onnx.ModelProto()
+            message.CopyFrom(source)
+            model = _from_proto(message, None)
         else:
             model = _from_file(Path(source))
         _check_external_data(model)
@@ -69,7 +72,7 @@ def _from_file(path: Path) -> oir.Model:
 
 def _from_proto(message: onnx.ModelProto, directory: Path | None) -> oir.Model:
     proto.check(message)
-    message = proto.with_dense_tensors(message)
+    proto.make_dense(message)
     try:
         model = oir.serde.deserialize_model(message)
     except (oir.serde.SerdeError, ValueError, KeyError) as error:

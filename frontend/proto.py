@@ -38,19 +38,14 @@ def check(model: onnx.ModelProto) -> None:
         raise InvalidModelError("the model is not legal:\n  " + "\n  ".join(complaints))
 
 
-def with_dense_tensors(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return ``model`` with dense tensors in place of sparse ones; a copy if it has sparse ones."""
-    if not any(graph.sparse_initializer or any(_sparse_constants(graph)) for graph in _graphs(model.graph)):
-        return model
-    dense = onnx.ModelProto()
-    dense.CopyFrom(model)
-    for graph in _graphs(dense.graph):
+def make_dense(model: onnx.ModelProto) -> None:
+    """Replace sparse initializers and sparse Constant nodes by dense ones, in place."""
+    for graph in _graphs(model.graph):
         graph.initializer.extend(_dense(sparse) for sparse in graph.sparse_initializer)
         del graph.sparse_initializer[:]
         for attribute in _sparse_constants(graph):
             tensor = _dense(attribute.sparse_tensor)
             attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
-    return dense
 
 
 def _sparse_constants(graph: onnx.GraphProto) -> Iterator[onnx.AttributeProto]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as oir
 from onnx_ir.passes.common import InlinePass
-from optc.ir import provenance
-from optc.ir.dims import subgraphs
 
 from optc.errors import InvalidModelError, UnsupportedModelError
+from optc.ir import provenance
+from optc.ir.dims import subgraphs
 
 
 def graphs(model: oir.Model) -> list[oir.Graph]:

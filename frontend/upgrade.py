@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as oir
-from optc.frontend import schemas
-from optc.frontend.names import Names
-from optc.ir import provenance
 
 from optc.errors import UnsupportedModelError
+from optc.frontend.names import Names
+from optc.ir import provenance, schemas
 
 AttributeValue = int | float | str | Sequence[int] | Sequence[float] | oir.Graph
 Adapter = Callable[["Edit"], None]
@@ -94,7 +93,9 @@ class Edit:
         self.node.attributes[name] = oir.convenience.convert_attribute(name, value)
 
     def set_inputs(self, *values: oir.Value | None) -> None:
-        """Replace all inputs of the node."""
+        """Replace all inputs of the node; missing ones at the end are left out."""
+        while values and values[-1] is None:
+            values = values[:-1]
         self.node.resize_inputs(len(values))
         for index, value in enumerate(values):
             self.node.replace_input_with(index, value)
@@ -170,7 +171,7 @@ def upgrade(model: oir.Model, target: int, values: Names, nodes: Names) -> None:
         except Refused as reason:
             refused.append(f"{provenance.describe(node)} of opset {node.version}: {reason}")
             continue
-        found = schemas.signature("", node.op_type, target) if node.graph is not None else None
+        found = schemas.find("", node.op_type, target) if node.graph is not None else None
         if found is not None and found.deprecated:
             refused.append(f"{provenance.describe(node)}: the operator is deprecated without an equivalent")
         node.version = None

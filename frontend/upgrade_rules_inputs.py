@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from optc.frontend.upgrade import Edit, until
 
 _REDUCTIONS_18 = (

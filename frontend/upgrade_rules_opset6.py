@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from optc.frontend.upgrade import Edit, Refused, until
 
 BROADCASTING = ("Add", "And", "Div", "Equal", "Greater", "Less", "Mul", "Or", "Pow", "Sub", "Xor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.frontend.upgrade import ALWAYS, Edit, Refused, until
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as oir
+
 from optc.frontend.upgrade import ALWAYS, Edit, Refused, until
 from optc.ir import provenance
 

@@ -307,7 +307,7 @@ def name_input_dims(graph: oir.Graph) -> set[str]:
             return dim
         if not any(c.isalpha() for c in text):
             return oir.SymbolicDim(fresh(f"{value.name}_dim{axis}"))
-        if names(text) <= plain and _is_expression(text):
+        if names(text) <= plain and is_expression(text):
             return from_expr(to_expr(text))
         if text not in renamed:
             renamed[text] = fresh(text)
@@ -319,7 +319,8 @@ def name_input_dims(graph: oir.Graph) -> set[str]:
     return used
 
 
-def _is_expression(text: str) -> bool:
+def is_expression(text: str) -> bool:
+    """Tell whether ``text`` can be read as an expression over dimension names."""
     try:
         to_expr(text)
     except IRError:

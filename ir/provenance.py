@@ -22,6 +22,11 @@ def sources(node: oir.Node) -> tuple[str, ...]:
     return tuple(text.split(_SEPARATOR)) if text else ()
 
 
+def is_stamped(node: oir.Node) -> bool:
+    """Tell whether ``node`` says where it comes from or what made it."""
+    return SOURCE in node.metadata_props or MADE_BY in node.metadata_props
+
+
 def inherit(node: oir.Node, parents: Iterable[oir.Node], *, made_by: str) -> None:
     """Give ``node`` the sources of ``parents`` and the name of the pass or rule that made it."""
     merged = dict.fromkeys(source for parent in parents for source in sources(parent))

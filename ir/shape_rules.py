@@ -40,8 +40,8 @@ def broadcast(node: oir.Node, shapes: Iterable[Iterable[Dim]]) -> list[Dim]:
     for shape in shapes:
         dims = list(shape)
         width = max(len(dims), len(result))
-        dims = [1] * (width - len(dims)) + dims
-        result = [1] * (width - len(result)) + result
+        dims[:0] = [1] * (width - len(dims))
+        result[:0] = [1] * (width - len(result))
         result = [_broadcast_dim(node, a, b) for a, b in zip(result, dims, strict=True)]
     return result
 

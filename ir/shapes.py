@@ -63,7 +63,7 @@ def contents(model: oir.Model) -> dict[oir.Value, tuple[Dim, ...]]:
     return inference.context.contents()
 
 
-class _Context(ShapeInferenceContext):
+class _Context(ShapeInferenceContext):  # type: ignore[misc]  # the library is not typed for mypy
     """The state of one inference. Dimensions are kept in the language of ``optc.ir.dims``."""
 
     def set_shape(self, value: oir.Value, shape: oir.Shape) -> bool:
@@ -107,7 +107,7 @@ class _Inference:
     def walk(self, graph: oir.Graph, scratch: list[oir.Value]) -> None:
         for value in graph.initializers.values():
             if value.const_value is not None and value.shape != value.const_value.shape:
-                value.shape = oir.Shape(value.const_value.shape)
+                value.shape = oir.Shape(value.const_value.shape.numpy())
         for node in graph:
             scratch.extend(v for v in node.outputs if v.const_value is None)
             if not self.keep_known:

@@ -33,13 +33,15 @@ def capture(
     Raises UsageError for what is none of these, InvalidModelError for broken files.
     """
     if _is_torch(source):
-        from optc.frontend import torch as torch_frontend
+        from optc.frontend.torch import capture as capture_torch
 
-        model = torch_frontend.capture(source, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+        model = capture_torch(source, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
         return _fix(model, input_shapes, dims)
-    from optc.frontend import onnx as onnx_frontend
+    from optc.frontend.onnx import load as load_onnx
 
-    return onnx_frontend.load(source, input_shapes=input_shapes, dims=dims)
+    if isinstance(source, oir.Model):
+        source = source.clone()  # loading edits in place, and the model is the caller's
+    return load_onnx(source, input_shapes=input_shapes, dims=dims)
 
 
 def _fix(
@@ -49,9 +51,9 @@ def _fix(
 ) -> oir.Model:
     if not input_shapes and not dims:
         return model
-    from optc.frontend import onnx as onnx_frontend
+    from optc.frontend.onnx import load as load_onnx
 
-    return onnx_frontend.load(model, input_shapes=input_shapes, dims=dims)
+    return load_onnx(model, input_shapes=input_shapes, dims=dims)
 
 
 def _is_torch(source: Any) -> bool:

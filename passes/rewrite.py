@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.ir import provenance
 from optc.passes.base import Pass, PassResult, Skipped
 from optc.passes.types import NodeTyper

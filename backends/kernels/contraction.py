@@ -83,7 +83,7 @@ def packed_matmul(a: Any, packed: Any, n: int) -> Any:
 
     def element(*index: Any) -> Any:
         *rows, j = index
-        column = packed[j // COLUMN_BLOCK, k, j % COLUMN_BLOCK]
+        column = packed(j // COLUMN_BLOCK, k, j % COLUMN_BLOCK)
         return te.sum(widen(a(*rows, k), dtype) * widen(column, dtype), axis=k)
 
     attributes = annotate(range(rank - 1), [rank - 1], "columns")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.passes.fuse.pattern import (
     affine,
     below,

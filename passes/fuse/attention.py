@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.passes.fuse.attention_mask import Mask, Select, combine, uniform
 from optc.passes.fuse.pattern import integer, integers, is_float, leak, same_dim, scalings
 from optc.passes.match import producer, rank
@@ -64,13 +66,23 @@ def _selection(node: oir.Node, *, keep: bool) -> tuple[oir.Value | None, Mask | 
     return inner, Select(condition, fill, keep)
 
 
-def _probabilities(value: oir.Value | None) -> oir.Node | None:
-    """Return the Softmax that ``value`` is, seen through a guard against rows of NaN."""
+def _probabilities(value: oir.Value | None) -> tuple[oir.Node, oir.Value | None, oir.DataType | None] | None:
+    """Find the Softmax that ``value`` is, seen through casts and through a guard against rows of NaN.
+
+    Returns it with its argument before the cast and with the type it computes in, if that is another.
+    """
     guard = producer(value, "Where")
     test = producer(guard.inputs[0], "IsNaN") if guard is not None else None
     if guard is not None and test is not None and uniform(guard.inputs[1]) == 0.0:
         value = guard.inputs[2] if guard.inputs[2] is test.inputs[0] else None
-    return producer(value, "Softmax")
+    narrow = producer(value, "Cast")
+    softmax = producer(narrow.inputs[0] if narrow is not None else value, "Softmax")
+    if softmax is None or narrow is None:
+        return (softmax, softmax.inputs[0], None) if softmax is not None else None
+    widen = producer(softmax.inputs[0], "Cast")
+    if widen is None or widen.inputs[0] is None or widen.inputs[0].dtype != narrow.outputs[0].dtype:
+        return None
+    return softmax, widen.inputs[0], softmax.outputs[0].dtype
 
 
 @dataclass
@@ -143,9 +155,12 @@ def _mismatch(q: oir.Value, k: oir.Value, v: oir.Value) -> str | None:
 @rule("Softmax(s*q@k^T+mask)@v => Attention(q,k,v,mask)", "MatMul")
 def attention(node: oir.Node, ops: Ops) -> Outcome:
     """Fuse attention over 4-D (or 3-D, one head) operands, with scale, masks and repeated heads."""
-    softmax, v = _probabilities(node.inputs[0]), node.inputs[1]
-    found = _scores(softmax.inputs[0], 1.0, ()) if softmax is not None else None
-    if softmax is None or v is None or found is None or not is_float(v):
+    probabilities, v = _probabilities(node.inputs[0]), node.inputs[1]
+    if probabilities is None or v is None or not is_float(v):
+        return None
+    softmax, argument, precision = probabilities
+    found = _scores(argument, 1.0, ())
+    if found is None:
         return None
     if isinstance(found, Miss):
         return found
@@ -177,13 +192,18 @@ def attention(node: oir.Node, ops: Ops) -> Outcome:
     if isinstance(mask, Miss):
         return mask
     inputs = [q, k, v] if mask.value is None else [q, k, v, _mask_input(mask.value, layout, dims)]
-    scale = found.scale * q_scale * k_scale * more_scale
-    if dims == 4:
-        return Rewrite([ops("Attention", *inputs, scale=scale, is_causal=int(mask.causal))])
     assert v.shape is not None
-    shape = oir.Shape([q.shape[0], 1, q.shape[2], v.shape[3]])
-    fused = ops("Attention", *inputs, scale=scale, is_causal=int(mask.causal), shape=shape, dtype=q.dtype)
-    return Rewrite([ops("Squeeze", fused, layout.axes)])
+    computed_in: dict[str, Any] = {} if precision is None else {"softmax_precision": int(precision)}
+    fused = ops(
+        "Attention",
+        *inputs,
+        shape=oir.Shape([q.shape[0], q.shape[1], q.shape[2], v.shape[3]]),
+        dtype=q.dtype,
+        scale=found.scale * q_scale * k_scale * more_scale,
+        is_causal=int(mask.causal),
+        **computed_in,
+    )
+    return Rewrite([fused if dims == 4 else ops("Squeeze", fused, layout.axes)])
 
 
 def _mask_input(mask: oir.Value, layout: _Layout, dims: int) -> oir.Value:
@@ -217,15 +237,15 @@ def transpose_after_split(node: oir.Node, ops: Ops) -> Outcome:
     if (reason := leak(node, x, node.inputs[1])) is not None:
         return Miss(reason)
     merge, dims = producer(x, "Reshape"), [out[0], out[1], out[3], out[2]]
-    source = merge.inputs[0] if merge is not None else None
-    before = list(source.shape) if source is not None and source.shape is not None else []
-    if source is not None and len(before) == 4 and all(map(same_dim, before, dims)):
+    source = (merge.inputs[0] if merge is not None else None) or x
+    before = list(source.shape) if source.shape is not None else []
+    if len(before) == 4 and all(map(same_dim, before, dims)):
         return Rewrite([ops("Transpose", source, perm=[0, 1, 3, 2])])
     if sum(not isinstance(d, int) for d in dims) > 1:
         return Miss(f"{dims} has more than one symbolic dimension")
     target = np.array([d if isinstance(d, int) else -1 for d in dims], np.int64)
-    dtype = x.dtype
-    split = ops("Reshape", x, ops.constant(target, "shape"), allowzero=0, shape=oir.Shape(dims), dtype=dtype)
+    shape = ops.constant(target, "shape")
+    split = ops("Reshape", source, shape, allowzero=0, shape=oir.Shape(dims), dtype=x.dtype)
     return Rewrite([ops("Transpose", split, perm=[0, 1, 3, 2])])
 
 

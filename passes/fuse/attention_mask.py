@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.passes.fuse.pattern import integer, same_dim
 from optc.passes.match import constant, producer, scalar
 from optc.passes.rewrite import Miss, Ops

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.passes.fuse.pattern import along, integer, is_float, leak, number, same_dim
 from optc.passes.match import commuted, constant, producer, rank
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule
@@ -147,12 +148,22 @@ def unflattened_gemm(node: oir.Node, ops: Ops) -> Outcome:
         return Miss(reason)
     wanted = [*out.shape[:-1], inner]
     if len(x.shape) != len(wanted) or not all(map(same_dim, x.shape, wanted)):
-        if sum(not isinstance(d, int) for d in wanted) > 1:
-            return Miss(f"{wanted} has more than one symbolic dimension")
-        target = np.array([d if isinstance(d, int) else -1 for d in wanted], np.int64)
-        x = ops("Reshape", x, ops.constant(target, "shape"), allowzero=0, shape=oir.Shape(wanted), dtype=x.dtype)
+        shape = _shape_tensor(ops, node, wanted)
+        if shape is None:
+            return Miss(f"{oir.Shape(wanted)} has more than one symbolic dimension")
+        x = ops("Reshape", x, shape, allowzero=1, shape=oir.Shape(wanted), dtype=x.dtype)
     whole = ops("MatMul", x, weight, like=out)
     return Rewrite([ops("Add", whole, bias) if bias is not None else whole])
+
+
+def _shape_tensor(ops: Ops, reshape: oir.Node, wanted: list[int | oir.SymbolicDim]) -> oir.Value | None:
+    """Return a shape tensor for ``wanted``: a constant where that is possible, or that of ``reshape``."""
+    if sum(not isinstance(d, int) for d in wanted) <= 1 and 0 not in wanted:
+        target = [d if isinstance(d, int) else -1 for d in wanted]
+        return ops.constant(np.array(target, np.int64), "shape")
+    out = reshape.outputs[0].shape
+    equal = out is not None and same_dim(wanted[-1], out[-1]) and integer(reshape, "allowzero", 0) == 1
+    return reshape.inputs[1] if equal else None
 
 
 def bias_pass() -> RewritePass:

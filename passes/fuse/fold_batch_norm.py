@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.passes.fuse.bias import bias_of, copied, output_channels, widened
 from optc.passes.fuse.pattern import along, integer, integers, is_float, leak, number, text
 from optc.passes.match import commuted, constant, producer, rank, static_shape
@@ -263,6 +264,39 @@ def shift_before_conv(node: oir.Node, ops: Ops) -> Outcome:
     return Rewrite([copied(ops, node, x, node.inputs[1], ops.constant(total.astype(weight.dtype), "bias"))])
 
 
+@rule("Conv(x*s+t,w,b) => Conv(x+t/s,w*s,b)", "Conv", "ConvTranspose")
+def affine_before_conv(node: oir.Node, ops: Ops) -> Outcome:
+    """Fold the scale where padding keeps the shift out of the bias: one operation on the activation less."""
+    addition = producer(node.inputs[0], "Add")
+    for value, other in commuted(addition) if addition is not None else ():
+        before, shift = producer(value, "Mul"), constant(other)
+        found = _factor(before) if before is not None else None
+        weight = constant(node.inputs[1])
+        if found is None or shift is None or before is None or addition is None:
+            continue
+        if weight is None or node.inputs[1] is None:
+            return Miss("the weight is not constant")
+        x, factor = found
+        if (miss := widened(addition, x)) is not None:
+            return miss
+        per_group = node.op_type == "Conv"
+        channels = weight.shape[1] * integer(node, "group", 1) if per_group else weight.shape[0]
+        scale = along(factor, weight.ndim, 1, channels)
+        vector = along(shift, weight.ndim, 1, channels)
+        if scale is None or vector is None or (scale == 0.0).any():
+            return Miss(f"{factor.shape} and {shift.shape} are not one per input channel, or a factor is zero")
+        if (reason := leak(node, x)) is not None:
+            return Miss(reason)
+        if (miss := copy_pays(node.inputs[1], before.outputs[0])) is not None:
+            return miss
+        folded = _scaled_channels(node, weight.astype(np.float64), scale, of_output=False)
+        moved = (vector / scale).astype(shift.dtype).reshape(-1, *[1] * (weight.ndim - 2))
+        shifted = ops("Add", x, ops.constant(moved, "shift"), like=x)
+        weights = ops.constant(folded.astype(weight.dtype), "weight")
+        return Rewrite([copied(ops, node, shifted, weights, *node.inputs[2:])])
+    return None
+
+
 @rule("MatMul(x*s,w) => MatMul(x,s*w)", "MatMul", "Gemm")
 def scale_before_matmul(node: oir.Node, ops: Ops) -> Outcome:
     """Fold a multiplication of the inner dimension into the rows of a constant matrix."""
@@ -300,6 +334,7 @@ def fold_batch_norm_pass() -> RewritePass:
         scale_after_matmul,
         scale_before_conv,
         shift_before_conv,
+        affine_before_conv,
         scale_before_matmul,
     ]
     return RewritePass("fold-batch-norm", rules)

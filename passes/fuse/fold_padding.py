@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.passes.fuse.bias import copied
 from optc.passes.fuse.pattern import integer, integers, leak, text
 from optc.passes.match import constant, producer, rank

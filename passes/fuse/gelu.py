@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import onnx_ir as oir
+
 from optc.passes.fuse.pattern import Polynomial, below, is_float, is_polynomial, leak, polynomial, same_shape
 from optc.passes.match import producer
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.passes.fuse.pattern import (
     integer,
     is_float,
@@ -254,6 +255,7 @@ def _absorb(node: oir.Node, ops: Ops, slot: int, neutral: float) -> Outcome:
     if array is not None:
         parameter = ops.constant(array.reshape(-1) if by_channel else array, "parameter")
     else:
+        assert other is not None
         parameter = other
     inputs = list(norm.inputs) + [None] * (slot + 1 - len(norm.inputs))
     inputs[slot] = parameter

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.passes.match import constant, producer, scalar, used_once
 
 Polynomial = dict[tuple[int, ...], float]

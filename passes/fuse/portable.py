@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.passes.fuse.pattern import number, same_dim
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule
 

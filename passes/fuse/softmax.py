@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import onnx_ir as oir
+
 from optc.passes.fuse.pattern import (
     integer,
     integers,
     is_float,
     leak,
     reduced_axes,
+    same_dim,
+    same_shape,
 )
 from optc.passes.match import commuted, producer
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule
@@ -99,6 +102,24 @@ def transposed_softmax(node: oir.Node, ops: Ops) -> Outcome:
     return Rewrite([ops(inner.op_type, x, axis=before[integer(inner, "axis", -1)])])
 
 
+@rule("Reshape(Softmax(Flatten(x))) => Softmax(x)", "Reshape")
+def flattened_softmax(node: oir.Node, ops: Ops) -> Outcome:
+    """Drop the flattening to a matrix that the Softmax of opset 12 implied, where it keeps the last dimension."""
+    inner = producer(node.inputs[0], "Softmax", "LogSoftmax")
+    flat = producer(inner.inputs[0], "Flatten", "Reshape") if inner is not None else None
+    x = flat.inputs[0] if flat is not None else None
+    if inner is None or flat is None or x is None or x.shape is None or len(x.shape) == 0:
+        return None
+    matrix = flat.outputs[0].shape
+    if matrix is None or integer(inner, "axis", -1) not in (-1, len(matrix) - 1):
+        return None
+    if not same_dim(matrix[-1], x.shape[-1]) or not same_shape(node.outputs[0], x):
+        return Miss(f"{x.shape} is flattened to {matrix} and reshaped to {node.outputs[0].shape}")
+    if (reason := leak(node, x, node.inputs[1], *flat.inputs[1:])) is not None:
+        return Miss(reason)
+    return Rewrite([ops(inner.op_type, x, axis=len(x.shape) - 1)])
+
+
 def softmax_pass() -> RewritePass:
     """Return the pass that recognises softmax variants."""
-    return RewritePass("fuse-softmax", [softmax, log_softmax, log_of_softmax, transposed_softmax])
+    return RewritePass("fuse-softmax", [softmax, flattened_softmax, log_softmax, log_of_softmax, transposed_softmax])

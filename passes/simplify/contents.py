@@ -32,7 +32,7 @@ _TYPES = (*_INTEGERS, *_FLOATS, oir.DataType.BOOL)
 _FLOAT_GRID = 1 << 10  # floats are followed in units of 1/1024
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """An element cannot be told."""
 
 
@@ -74,7 +74,7 @@ class Contents:
                 continue
             try:
                 results = self._node(node)
-            except (_Unknown, ValueError, IndexError, TypeError):
+            except (_UnknownError, ValueError, IndexError, TypeError):
                 continue  # ill-shaped operands: leave the node to whoever reports errors
             for value, result in zip(node.outputs, results, strict=True):
                 if result.size <= MAX_ELEMENTS and value.shape is not None and result.ndim == len(value.shape):
@@ -85,16 +85,16 @@ class Contents:
             return [self._shape(node)]
         function = _TABLE.get(node.op_type)
         if function is None:
-            raise _Unknown
+            raise _UnknownError
         arrays = [self.get(value) for value in node.inputs]
         if any(a is None for a, v in zip(arrays, node.inputs, strict=True) if v is not None):
-            raise _Unknown
+            raise _UnknownError
         return function(_Site(node, arrays, self._positive))
 
     def _shape(self, node: oir.Node) -> Array:
         value = node.inputs[0]
         if value is None or value.shape is None:
-            raise _Unknown
+            raise _UnknownError
         dims = [dim_expr(d) for d in value.shape]
         if node.op_type == "Size":
             return _array(reduce(operator.mul, dims, 1), ())
@@ -111,7 +111,7 @@ def dim_expr(dim: int | oir.SymbolicDim) -> Element:
     if isinstance(dim, int):
         return dim
     if dim.value is None:
-        raise _Unknown
+        raise _UnknownError
     return _integer(to_expr(dim))
 
 
@@ -157,7 +157,7 @@ class _Site:
     def __getitem__(self, index: int) -> Array:
         array = self.arrays[index]
         if array is None:
-            raise _Unknown
+            raise _UnknownError
         return array
 
     def optional(self, index: int) -> Array | None:
@@ -167,7 +167,7 @@ class _Site:
         """Return the integers of an input; raises when there are symbols among them."""
         elements = list(self[index].reshape(-1))
         if not all(isinstance(e, int) for e in elements):
-            raise _Unknown
+            raise _UnknownError
         return elements
 
     def attribute(self, name: str, default: int) -> int:
@@ -186,7 +186,7 @@ class _Site:
             for sign, answer in ((0, expr.is_zero), (1, expr.is_positive), (-1, expr.is_negative)):
                 if answer:
                     return sign
-        raise _Unknown
+        raise _UnknownError
 
     def nonnegative(self, expr: Element) -> bool:
         """Tell whether an expression is surely not negative; sizes found at run time are not either."""
@@ -220,7 +220,7 @@ def _require_exact(*elements: Element) -> None:
     """Raise unless float arithmetic on the elements is exact: multiples of 1/1024."""
     for element in elements:
         if not isinstance(element, int) and not (element * _FLOAT_GRID).is_integer:
-            raise _Unknown
+            raise _UnknownError
 
 
 def _arithmetic(function: Callable[[Element, Element], Element]) -> Callable[[_Site], list[Array]]:
@@ -240,7 +240,7 @@ def _extremum(pick_larger: bool) -> Callable[[_Site], list[Array]]:
         def element(a: Element, b: Element) -> Element:
             try:
                 return a if (site.sign(a - b) >= 0) == pick_larger else b
-            except _Unknown:
+            except _UnknownError:
                 return (sympy.Max if pick_larger else sympy.Min)(a, b)
 
         return [reduce(lambda a, b: _map(element, a, b), [site[i] for i in range(len(site.arrays))])]
@@ -258,7 +258,7 @@ def _reduction(function: Callable[[Element, Element], Element], empty: int) -> C
     def evaluate(site: _Site) -> list[Array]:
         axes = site.optional(1)
         if site[0].ndim != 1 or site.is_float or (axes is None and site.attribute("noop_with_empty_axes", 0)):
-            raise _Unknown
+            raise _UnknownError
         result = _integer(reduce(function, site[0], empty))
         return [_array([result], (1,)) if site.attribute("keepdims", 1) else _array(result, ())]
 
@@ -292,14 +292,14 @@ _TABLE.update(
 def _div(site: _Site) -> Array:
     def element(a: Element, b: Element) -> Element:
         if isinstance(b, int) and b == 0:
-            raise _Unknown
+            raise _UnknownError
         if site.is_float:
             _require_exact(a, b)
             return _integer(sympy.sympify(a) / b)
         if isinstance(a, int) and isinstance(b, int):
             return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
         if not (site.nonnegative(a) and site.sign(b) > 0):
-            raise _Unknown  # ONNX rounds towards zero
+            raise _UnknownError  # ONNX rounds towards zero
         return _integer(sympy.floor(sympy.sympify(a) / b))
 
     return _map(element, site[0], site[1])
@@ -309,7 +309,7 @@ def _div(site: _Site) -> Array:
 def _mod(site: _Site) -> Array:
     def element(a: Element, b: Element) -> Element:
         if site.is_float or site.sign(b) <= 0 or (site.attribute("fmod", 0) and not site.nonnegative(a)):
-            raise _Unknown
+            raise _UnknownError
         return _integer(sympy.Mod(a, b))
 
     return _map(element, site[0], site[1])
@@ -337,7 +337,7 @@ def _cast(site: _Site) -> Array:
             return int(a)
         if source in _FLOATS and target in _INTEGERS and not isinstance(a, int) and not a.is_integer:
             if not site.nonnegative(a):
-                raise _Unknown  # rounds towards zero
+                raise _UnknownError  # rounds towards zero
             return _integer(sympy.floor(a))
         return a
 
@@ -361,7 +361,7 @@ def _slice(site: _Site) -> Array:
     data = site[0]
     steps = site.ints(4) if site.optional(4) is not None else [1]
     if data.ndim != 1 or len(site.ints(1)) != 1:
-        raise _Unknown
+        raise _UnknownError
     return data[clamp_slice(len(data), site.ints(1)[0], site.ints(2)[0], steps[0])]
 
 
@@ -393,7 +393,7 @@ def _reshape(site: _Site) -> Array:
 def _expand(site: _Site) -> Array:
     shape = np.broadcast_shapes(site[0].shape, tuple(site.ints(1)))
     if np.prod(shape, dtype=np.int64) > MAX_ELEMENTS:
-        raise _Unknown
+        raise _UnknownError
     return np.broadcast_to(site[0], shape)
 
 
@@ -403,7 +403,7 @@ def _constant_of_shape(site: _Site) -> Array:
     attribute = site.node.attributes.get("value")
     fill = attribute.as_tensor().numpy().reshape(-1)[0].item() if attribute is not None else 0.0
     if np.prod(shape, dtype=np.int64) > MAX_ELEMENTS or isinstance(fill, float):
-        raise _Unknown
+        raise _UnknownError
     return _array([fill] * int(np.prod(shape, dtype=np.int64)), shape) if shape else _array(fill, ())
 
 
@@ -411,14 +411,14 @@ def _constant_of_shape(site: _Site) -> Array:
 def _range(site: _Site) -> Array:
     elements = range(*(site.ints(i)[0] for i in range(3)))
     if site.is_float or len(elements) > MAX_ELEMENTS:
-        raise _Unknown
+        raise _UnknownError
     return _array(elements, (len(elements),))
 
 
 def _split(site: _Site) -> list[Array]:
     data, count = site[0], len(site.node.outputs)
     if data.ndim != 1:
-        raise _Unknown
+        raise _UnknownError
     sizes = site.ints(1) if site.optional(1) is not None else None
     if sizes is None:
         chunk = -(-len(data) // count)
@@ -427,4 +427,3 @@ def _split(site: _Site) -> list[Array]:
 
 
 _TABLE["Split"] = _split
-

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.passes.match import constant
 from optc.passes.rewrite import ANY, Miss, Ops, Outcome, Rewrite, RewritePass, rule, subgraphs
 from optc.passes.simplify import evaluate

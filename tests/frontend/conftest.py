@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as oir
 import onnxruntime
 import pytest
+
 from optc.frontend.onnx import load
 
 Shape = Sequence[int | str | None]

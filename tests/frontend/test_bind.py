@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 from onnx.helper import make_node as node
-from optc.frontend.bind import parse_dim, parse_input_shape
-from optc.frontend.onnx import load
 
 from optc.errors import UsageError
+from optc.frontend.bind import parse_dim, parse_input_shape
+from optc.frontend.onnx import load
 
 
 @pytest.mark.parametrize(

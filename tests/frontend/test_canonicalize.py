@@ -6,11 +6,11 @@ import onnx_ir as oir
 import pytest
 from onnx.helper import make_node as node
 from onnx.helper import make_opsetid, make_tensor_value_info
+
+from optc.errors import InvalidModelError, UnsupportedModelError
 from optc.frontend.canonicalize import canonicalize
 from optc.frontend.onnx import load
 from optc.ir import CANONICAL_OPSET, IR_VERSION, provenance
-
-from optc.errors import InvalidModelError, UnsupportedModelError
 
 F32 = np.float32
 X = {"x": np.arange(6, dtype=F32).reshape(2, 3) - 2}
@@ -158,7 +158,7 @@ def test_string_constants(build):
 def test_constants_of_subgraphs_move_to_the_outermost_graph(build, same_results):
     def branch(number: float) -> onnx.GraphProto:
         return onnx.helper.make_graph(
-            [node("Constant", [], ["k"], value_float=number), node("Sum", ["x", "k", "w"], ["o"])],
+            [node("Constant", [], ["k"], value_float=float(number)), node("Sum", ["x", "k", "w"], ["o"])],
             "branch",
             [],
             [info("o")],
@@ -336,3 +336,14 @@ def test_used_domains_of_functions_are_imported(build):
     )
     model = load(build([node("m", ["x"], ["y"], domain="f")], {"x": [2]}, ["y"], imports=IMPORTS, functions=[magic]))
     assert model.opset_imports == {"": CANONICAL_OPSET, "q": 3}
+
+
+def test_constants_of_a_function_called_twice(build, same_results):
+    body = [
+        node("Constant", [], ["k"], value=onnx.numpy_helper.from_array(np.full(3, 2, F32), "k")),
+        node("Add", ["a", "k"], ["b"]),
+    ]
+    add = function("add", ["a"], ["b"], body)
+    nodes = [node("add", ["x"], ["h"], domain="f"), node("add", ["h"], ["y"], domain="f")]
+    canonical = same_results(build(nodes, {"x": [2, 3]}, ["y"], imports=IMPORTS, functions=[add]), X)
+    assert len(canonical.graph.initializers) == 2

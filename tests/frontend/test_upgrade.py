@@ -12,13 +12,13 @@ import pytest
 from onnx import TensorProto
 from onnx.helper import make_node as node
 from onnx.reference import ReferenceEvaluator
-from optc.frontend import canonicalize  # noqa: F401 (registers the adapters)
-from optc.frontend.onnx import load
-from optc.frontend.schemas import OLDEST_OPSET
-from optc.frontend.upgrade import adapters
-from optc.ir import CANONICAL_OPSET
 
 from optc.errors import UnsupportedModelError
+from optc.frontend import canonicalize  # noqa: F401 (registers the adapters)
+from optc.frontend.onnx import load
+from optc.frontend.check import OLDEST_OPSET
+from optc.frontend.upgrade import adapters
+from optc.ir import CANONICAL_OPSET
 
 F32 = np.float32
 

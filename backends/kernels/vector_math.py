@@ -1,0 +1,212 @@
+"""Elementary functions as TIR expressions that LLVM turns into vector code.
+
+``tirx.exp``, ``tirx.erf`` and the like become one scalar call of the C library per element. The float32 functions
+here are polynomials (fitted for this file, minimax in the relative error) on branch-free argument reductions, so a
+loop over them vectorizes. NaN, infinities, overflow and denormal results come out as IEEE 754 and C say.
+
+Every function takes an expression of float16, bfloat16, float32 or float64 and returns one of the same type. The
+half types compute in float32; float64 calls the C library. Intermediate values are bound by ``Let``: a kernel
+whose stages are inlined into each other must not grow exponentially.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+
+Expr = Any
+
+
+def dtype_of(value: Expr) -> str:
+    """Return the element type of an expression."""
+    return str(value.ty.dtype)
+
+
+def bind(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """Return ``body(value)`` with ``value`` evaluated once."""
+    if isinstance(value, tirx.IntImm | tirx.FloatImm | tirx.Var):
+        return body(value)
+    variable = tirx.Var("t", dtype_of(value))
+    return tirx.Let(variable, value, body(variable))
+
+
+def f32(value: float) -> Expr:
+    """Return a float32 immediate."""
+    return tirx.const(value, "float32")
+
+
+def wide(function: Callable[[Expr], Expr]) -> Callable[[Expr], Expr]:
+    """Make a float32 or float64 function accept float16 and bfloat16, computing in float32."""
+
+    @functools.wraps(function)
+    def apply(x: Expr) -> Expr:
+        dtype = dtype_of(x)
+        if dtype in ("float16", "bfloat16"):
+            return bind(x.astype("float32"), function).astype(dtype)
+        return bind(x, function)
+
+    return apply
+
+
+def is_nan(x: Expr) -> Expr:
+    """Tell whether a floating-point expression is NaN."""
+    return tirx.isnan(x.astype("float32") if dtype_of(x) in ("float16", "bfloat16") else x)
+
+
+def _horner(x: Expr, coefficients: tuple[float, ...]) -> Expr:
+    """Evaluate ``c0 + c1 x + c2 x^2 + ...``."""
+    result = f32(coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        result = result * x + f32(coefficient)
+    return result
+
+
+def _power_of_two(n: Expr) -> Expr:
+    """Return ``2**n`` for an int32 ``n`` in [-126, 127]."""
+    return tirx.reinterpret("float32", (n + 127) << 23)
+
+
+_EXP = (0.5, 0.1666666716337204, 0.04166625440120697, 0.008333262987434864, 0.0013947224942967296)
+_EXP = (*_EXP, 0.00019919380429200828)
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+
+
+def _exp_parts(x: Expr, result: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Reduce ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2`` and return ``result(n, expm1(r))``."""
+
+    def reduced(n: Expr) -> Expr:
+        r = x - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW)
+        return bind(r, lambda r: result(n.astype("int32"), _horner(r, _EXP) * (r * r) + r))
+
+    return bind(tirx.floor(x * f32(1.0 / math.log(2.0)) + f32(0.5)), reduced)
+
+
+@wide
+def exp(x: Expr) -> Expr:
+    """Return ``e**x``; float32 error below 1.5 ulp, denormal results included."""
+    if dtype_of(x) == "float64":
+        return tirx.exp(x)
+
+    def scaled(n: Expr, p: Expr) -> Expr:
+        # 2**n alone may be outside float32 where the result is inside.
+        return bind(n >> 1, lambda half: (p + f32(1.0)) * _power_of_two(half) * _power_of_two(n - half))
+
+    # The constant comes first: min and max return their second operand when one is NaN.
+    return bind(tirx.min(f32(89.0), tirx.max(f32(-104.0), x)), lambda x: _exp_parts(x, scaled))
+
+
+def _expm1_negative(x: Expr) -> Expr:
+    """Return ``e**x - 1`` for a float32 ``x <= 0``."""
+
+    def scaled(n: Expr, p: Expr) -> Expr:
+        return bind(_power_of_two(n), lambda e: e * p + (e - f32(1.0)))
+
+    return bind(tirx.max(f32(-87.0), x), lambda x: _exp_parts(x, scaled))
+
+
+@wide
+def expm1_negative(x: Expr) -> Expr:
+    """Return ``e**min(x, 0) - 1`` without cancellation; float32 error below 2 ulp."""
+    if dtype_of(x) == "float64":
+        # Not expm1: TVM has none. tanh(y) = expm1(2y) / (expm1(2y) + 2), solved for expm1.
+        return bind(tirx.tanh(tirx.min(tirx.const(0.0, "float64"), x) / 2), lambda t: t * 2 / (1 - t))
+    return _expm1_negative(tirx.min(f32(0.0), x))
+
+
+_LOG = (0.3333333134651184, -0.24999967217445374, 0.20000089704990387, -0.16669411957263947)
+_LOG = (*_LOG, 0.1428513079881668, -0.12424284219741821, 0.11035890132188797, -0.1082007884979248)
+_LOG = (*_LOG, 0.10634192824363708, -0.05978464335203171)
+
+
+@wide
+def log(x: Expr) -> Expr:
+    """Return the natural logarithm; float32 error below 1.5 ulp, denormal arguments included."""
+    if dtype_of(x) == "float64":
+        return tirx.log(x)
+    return tirx.Select(
+        tirx.isnan(x) | (x < f32(0.0)),
+        f32(math.nan),
+        tirx.Select(
+            x == f32(0.0), f32(-math.inf), tirx.Select(x == f32(math.inf), x, _log_of_positive(x))
+        ),
+    )
+
+
+def _log_of_positive(x: Expr) -> Expr:
+    tiny = x < f32(2.0**-126)
+    normal = tirx.Select(tiny, x * f32(2.0**24), x)
+
+    def with_bits(bits: Expr) -> Expr:
+        # The exponent that leaves a mantissa in [sqrt(1/2), sqrt(2)): 0x3f3504f3 is sqrt(1/2).
+        exponent = (bits - 0x3F3504F3) >> 23
+        return bind(exponent, lambda e: with_exponent(bits, e))
+
+    def with_exponent(bits: Expr, e: Expr) -> Expr:
+        f = tirx.reinterpret("float32", bits - (e << 23)) - f32(1.0)
+        shift = tirx.Select(tiny, f32(-24.0), f32(0.0))
+        return bind(e.astype("float32") + shift, lambda e: bind(f, lambda f: combine(e, f)))
+
+    def combine(e: Expr, f: Expr) -> Expr:
+        p = _horner(f, _LOG) * (f * f * f) + e * f32(_LN2_LOW) - f * f * f32(0.5)
+        return p + f + e * f32(_LN2_HIGH)
+
+    return bind(tirx.reinterpret("int32", normal), with_bits)
+
+
+@wide
+def softplus(x: Expr) -> Expr:
+    """Return ``log(1 + e**x)`` for every size of ``x``; float32 error below 3 ulp."""
+    one = tirx.const(1.0, dtype_of(x))
+    zero = tirx.const(0.0, dtype_of(x))
+
+    def log1p(u: Expr) -> Expr:
+        # What rounding 1 + u lost, relative to 1 + u, is the first-order correction of the logarithm.
+        return bind(u + one, lambda w: log(w) + (u - (w - one)) / w)
+
+    return tirx.max(zero, x) + bind(exp(zero - tirx.abs(x)), log1p)
+
+
+@wide
+def sigmoid(x: Expr) -> Expr:
+    """Return ``1 / (1 + e**-x)``; float32 error below 3 ulp."""
+    one = tirx.const(1.0, dtype_of(x))
+    return one / (one + exp(tirx.const(0.0, dtype_of(x)) - x))
+
+
+@wide
+def tanh(x: Expr) -> Expr:
+    """Return the hyperbolic tangent; float32 error below 3 ulp, relative also near zero."""
+    if dtype_of(x) == "float64":
+        return tirx.tanh(x)
+
+    def from_expm1(e: Expr) -> Expr:
+        magnitude = f32(0.0) - e / (e + f32(2.0))
+        return copy_sign(magnitude, x)
+
+    return bind(_expm1_negative(tirx.abs(x) * f32(-2.0)), from_expm1)
+
+
+def copy_sign(magnitude: Expr, sign: Expr) -> Expr:
+    """Return a non-negative float32 ``magnitude`` with the sign bit of ``sign``."""
+    bits = tirx.reinterpret("int32", sign) & tirx.const(-(2**31), "int32")
+    return tirx.reinterpret("float32", tirx.reinterpret("int32", magnitude) | bits)
+
+
+# erf(x) = x P(x^2) / Q(x^2) up to where it rounds to 1.
+_ERF_LIMIT = 3.92
+_ERF_P = (1.1283791065216064, 0.1999213546514511, 0.05057290941476822, 0.003701484529301524)
+_ERF_P = (*_ERF_P, 0.00014184815518092364, -1.957841732291854e-06, 1.992456510890861e-08)
+_ERF_Q = (1.0, 0.510507345199585, 0.11499710381031036, 0.014352940022945404, 0.0009560111211612821)
+
+
+@wide
+def erf(x: Expr) -> Expr:
+    """Return the error function; float32 error below 6 ulp (3.3e-7 absolute)."""
+    if dtype_of(x) == "float64":
+        return tirx.erf(x)
+    clamped = tirx.min(f32(_ERF_LIMIT), tirx.max(f32(-_ERF_LIMIT), x))
+    return bind(clamped, lambda x: bind(x * x, lambda t: x * (_horner(t, _ERF_P) / _horner(t, _ERF_Q))))

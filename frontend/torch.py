@@ -1,0 +1,166 @@
+"""PyTorch models into canonical IR: torch.export (FX) -> torch.onnx.export -> onnx-ir."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as oir
+
+from optc.errors import InvalidModelError, MissingDependencyError, UnsupportedModelError, UsageError
+from optc.frontend.onnx import load
+from optc.ir import provenance
+
+_FX_NODE = "pkg.torch.onnx.fx_node"
+_INSTALL = "pip install 'optc[torch]'"
+
+
+def capture(source: Any, *, example_inputs: Sequence[Any] | None = None, dynamic_shapes: Any = None) -> oir.Model:
+    """Return a PyTorch model as canonical IR; each node's source is the name of its FX node.
+
+    ``source`` is an ``nn.Module`` (captured in evaluation mode, its own mode untouched), an ``ExportedProgram``, a
+    ``.pt2`` file, or ``package.module:factory``, whose function returns ``module``, ``(module, example_inputs)`` or
+    ``(module, example_inputs, dynamic_shapes)``. ``dynamic_shapes`` is torch.export's; without it every size is fixed.
+
+    Raises:
+        MissingDependencyError: torch or onnxscript is not installed.
+        UsageError: no example inputs, no such module or factory, a file of another kind.
+        InvalidModelError: a damaged .pt2 file.
+        UnsupportedModelError: torch.export or the ONNX exporter cannot capture the model; names the source line.
+    """
+    torch = _torch()
+    if isinstance(source, str | os.PathLike):
+        text = os.fspath(source)
+        if Path(text).exists():
+            source = _load_program(torch, Path(text))
+        else:
+            source, found_inputs, found_shapes = _factory(text)
+            example_inputs = found_inputs if example_inputs is None else example_inputs
+            dynamic_shapes = found_shapes if dynamic_shapes is None else dynamic_shapes
+    if isinstance(source, torch.export.ExportedProgram):
+        program = _export(torch, source, None, None)
+    else:
+        if example_inputs is None:
+            raise UsageError(
+                f"capturing {type(source).__name__} needs example inputs",
+                hint="optc.compile(module, (x,)), or let the factory return (module, (x,))",
+            )
+        inputs = tuple(example_inputs) if isinstance(example_inputs, list | tuple) else (example_inputs,)
+        with _evaluation_mode(source):
+            program = _export(torch, source, inputs, dynamic_shapes)
+    model = program.model
+    for node in model.graph.all_nodes():
+        fx = node.metadata_props.get(_FX_NODE)
+        if fx and (match := re.match(r"%([\w.]+)", fx)):
+            provenance.stamp(node, match.group(1))
+    return load(model)
+
+
+def _torch() -> Any:
+    try:
+        import onnxscript  # noqa: F401 - torch.onnx.export needs it and says so late
+        import torch
+        import torch.onnx
+    except ImportError as error:
+        raise MissingDependencyError(f"PyTorch models need {error.name}", hint=_INSTALL) from error
+    return torch
+
+
+def _load_program(torch: Any, path: Path) -> Any:
+    if path.suffix != ".pt2":
+        raise UsageError(
+            f"{path}: only exported programs (.pt2) can be compiled from a file",
+            hint="torch.export.save(torch.export.export(module, inputs), 'model.pt2')",
+        )
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch raises whatever its unpickler met
+        raise InvalidModelError(f"{path} is no readable .pt2 file: {_first_line(error)}") from error
+
+
+def _factory(text: str) -> tuple[Any, Any, Any]:
+    module_name, _, attribute = text.partition(":")
+    with _importable_folder(Path.cwd()):
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ImportError as error:
+            raise UsageError(f"{text}: cannot import {module_name}: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"{text}: {module_name} has no '{attribute}'")
+        found = getattr(found, part)
+    result = found() if callable(found) else found
+    parts = result if isinstance(result, tuple) else (result,)
+    if not 1 <= len(parts) <= 3:
+        raise UsageError(
+            f"{text} returned {len(parts)} values", hint="return (module, example_inputs[, dynamic_shapes])"
+        )
+    module, inputs, shapes = (*parts, None, None)[:3]
+    return module, inputs, shapes
+
+
+@contextlib.contextmanager
+def _importable_folder(folder: Path) -> Iterator[None]:
+    """Let imports find modules in ``folder``, as ``python -m`` would."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextlib.contextmanager
+def _evaluation_mode(module: Any) -> Iterator[None]:
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def _export(torch: Any, source: Any, inputs: tuple[Any, ...] | None, dynamic_shapes: Any) -> Any:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    try:
+        # The exporter reports optional packages it does without; that is not the user's concern.
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            arguments = {} if inputs is None else {"args": inputs, "dynamic_shapes": dynamic_shapes}
+            return torch.onnx.export(source, **arguments, dynamo=True, verbose=False, optimize=False)
+    except Exception as error:  # torch.export and the exporter raise many unrelated classes
+        cause = _root(error)
+        raise UnsupportedModelError(
+            f"PyTorch cannot export this model: {_summary(cause)}",
+            hint="torch.export.export(module, inputs) shows the whole story; data-dependent control flow needs torch.cond",
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _summary(error: BaseException) -> str:
+    """Return the message without its repeated headings, and the user's source line where there is one."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    source = [line.strip() for line in lines if re.match(r'\s*File "', line) and "site-packages" not in line]
+    return " ".join([*lines[:2], *source[-1:]]) or type(error).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,109 @@
+"""What loading and running costs a process: imports, start-up time, memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+RUN = """
+import time
+start = time.perf_counter()
+import sys
+import optc.runtime
+imported = time.perf_counter()
+assert "numpy" not in sys.modules
+import numpy as np
+x = np.ones((2, 16), np.float32)
+ready = time.perf_counter()
+y = optc.runtime.load(sys.argv[1]).run({"x": x})["y"]
+done = time.perf_counter()
+assert y.shape == (2, 16)
+for name in ("tvm", "tvm_ffi", "onnx", "onnx_ir", "torch", "ml_dtypes", "zipfile"):
+    assert name not in sys.modules, name
+print(imported - start, ready - imported, done - ready)
+"""
+
+
+def test_no_compiler_is_imported_and_the_start_is_quick(affine_path, in_process):
+    runs = [list(map(float, in_process(RUN, affine_path).split())) for _ in range(3)]
+    imported, numpy, run = (min(times) for times in zip(*runs, strict=True))
+    print(f"\nimport optc.runtime {imported:.3f} s, numpy {numpy:.3f} s, load and run {run:.3f} s")
+    assert imported < 0.1
+    assert run < 0.3
+
+
+COEXIST = """
+import sys
+import numpy as np
+if sys.argv[2] == "tvm first":
+    import tvm
+import optc.runtime
+model = optc.runtime.load(sys.argv[1])
+first = model.run({"x": np.ones((2, 16), np.float32)})["y"]
+import tvm
+from tvm import te
+a = te.placeholder((4,), name="a")
+b = te.compute((4,), lambda i: a[i] * 2)
+built = tvm.compile(te.create_prim_func([a, b]), target="llvm")
+x, y = tvm.runtime.tensor(np.ones(4, np.float32)), tvm.runtime.tensor(np.zeros(4, np.float32))
+built(x, y)
+assert (y.numpy() == 2).all()
+assert (model.run({"x": np.ones((2, 16), np.float32)})["y"] == first).all()
+"""
+
+
+@pytest.mark.parametrize("order", ["runtime first", "tvm first"])
+def test_the_compiler_in_the_same_process(affine_path, in_process, order):
+    in_process(COEXIST, affine_path, order)
+
+
+SIZES = """
+import sys
+import numpy as np, optc.runtime
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+model = optc.runtime.load(sys.argv[1])
+rng = np.random.default_rng(0)
+def run(rows):
+    model.run({"x": np.ones((rows, 16), np.float32)})
+run(60_000)
+before = resident()
+for rows in rng.integers(30_000, 60_000, 60):
+    run(int(rows))
+print((resident() - before) / 1e6)
+"""
+
+
+def test_many_sizes_do_not_pile_up(affine_path, in_process):
+    assert float(in_process(SIZES, affine_path)) < 40  # one run needs 10 MB; TVM's pool would keep 400
+
+
+WEIGHTS = """
+import resource, sys
+import numpy as np, optc.runtime
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model = optc.runtime.load(sys.argv[1])
+model.run({"x": np.ones((2, 16), np.float32)})
+weights = model.manifest.memory["weights"]
+print(peak() / 1e6, weights / 1e6)
+with open("/proc/self/smaps") as file:
+    assert "model.optc" in file.read()
+"""
+
+
+def test_weights_are_mapped_not_copied(affine, weight, tmp_path, in_process):
+    """A large weight that the code takes but does not use costs its own size at most, once."""
+    from optc.backends.artifact import Weights
+
+    ballast = np.random.default_rng(0).integers(0, 255, 100 << 20, np.uint8)
+    big = Weights({"w": weight, "bias": np.arange(16, dtype=np.float32), "ballast": ballast})
+    path = tmp_path / "model.optc"
+    replace(affine, weights=big, manifest=replace(affine.manifest, memory={"weights": big.size})).save(path)
+    # The manifest keeps naming the two weights the code takes; the ballast lies in the same file.
+    total, weights = map(float, in_process(WEIGHTS, path).split())
+    assert weights > 100
+    assert total < 1.2 * weights + 80
