@@ -117,28 +117,28 @@ def _drop_missing(model: oir.Model) -> None:
             given -= 1
         if given < len(node.inputs):
             node.resize_inputs(given)
-        found = _signature(node, node.version)
-        while found and len(node.outputs) - 1 in found.optional_outputs and not node.outputs[-1].name:
+        while _last_is_optional(node, node.version) and not node.outputs[-1].name:
             node.resize_outputs(len(node.outputs) - 1)
 
 
 def _drop_unused_outputs(model: oir.Model, target: int) -> None:
     """Cut optional outputs that nothing reads off the end of the list."""
     for node in model.graph.all_nodes():
-        found = _signature(node, target)
-        while (
-            found
-            and len(node.outputs) - 1 in found.optional_outputs
-            and not node.outputs[-1].uses()
-            and not node.outputs[-1].is_graph_output()
-        ):
+        while _last_is_optional(node, target) and not _is_read(node.outputs[-1]):
             node.resize_outputs(len(node.outputs) - 1)
 
 
-def _signature(node: oir.Node, version: int | None) -> schemas.Signature | None:
-    if node.domain != "" or version is None:
-        return None
-    return schemas.signature("", node.op_type, version)
+def _last_is_optional(node: oir.Node, version: int | None) -> bool:
+    """Tell whether the last output of a standard operator may be left out."""
+    schema = schemas.find("", node.op_type, version) if node.domain == "" and version is not None else None
+    if schema is None or not node.outputs:
+        return False
+    formal = schemas.parameter(schema.outputs, len(node.outputs) - 1)
+    return formal is not None and formal.optional
+
+
+def _is_read(value: oir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
 
 
 def _forget_shapes(model: oir.Model) -> Declared:

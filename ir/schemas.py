@@ -106,4 +106,5 @@ def type_text(type_: oir.TypeProtocol) -> str:
     if isinstance(type_, oir.SparseTensorType):
         return f"sparse_{_tensor_type(type_.dtype)}"
     kind = "seq" if isinstance(type_, oir.SequenceType) else "optional"
+    assert isinstance(type_.elem_type, oir.TypeProtocol)
     return f"{kind}({type_text(type_.elem_type)})"

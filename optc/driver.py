@@ -235,7 +235,6 @@ def verify_artifact(
     expected = reference(inputs)
     actual = model.run(inputs)
     errors = tuple(
-        verification.compare(spec.name, actual[spec.name], np.asarray(expected[spec.name]))
-        for spec in model.outputs
+        verification.compare(spec.name, actual[spec.name], np.asarray(expected[spec.name])) for spec in model.outputs
     )
     return verification.Verification(name, described, sizes, errors)

@@ -52,7 +52,12 @@ class OptcBackend(Backend):  # type: ignore[misc]
 
     @classmethod
     def run_node(
-        cls, node: onnx.NodeProto, inputs: Sequence[np.ndarray], device: str = "CPU", outputs_info: Any = None, **kwargs: Any
+        cls,
+        node: onnx.NodeProto,
+        inputs: Sequence[np.ndarray],
+        device: str = "CPU",
+        outputs_info: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """Compile and run a model of one node whose inputs are all given as arrays."""
         arrays = [np.asarray(array) for array in inputs]

@@ -58,9 +58,7 @@ class OpenVino:
         try:
             import openvino
         except ImportError as error:
-            raise MissingDependencyError(
-                "OpenVINO is not installed", hint="pip install 'optc[bench]'"
-            ) from error
+            raise MissingDependencyError("OpenVINO is not installed", hint="pip install 'optc[bench]'") from error
         self.name = f"openvino {openvino.__version__.split('-')[0]}"
         core = openvino.Core()
         settings = {

@@ -55,5 +55,5 @@ def alternate(
             function()
             samples[name].append((perf_counter() - begin) * 1e3)
         turns += 1
-        progress(min(1.0, (perf_counter() - start) / seconds))
+        progress(min(1.0, (perf_counter() - start) / max(seconds, 1e-9)))
     return [Timing(name, tuple(values)) for name, values in samples.items()]

@@ -51,9 +51,7 @@ class _Compiled:
         wrapper = _Wrapper(self.graph_module, self._plan(arguments))
         inputs = tuple(arguments[i] for i in self.tensors)
         shapes = tuple(_dynamic_dims(self.placeholders[i]) for i in self.tensors)
-        artifact = package.compile(
-            wrapper, inputs, dynamic_shapes=(shapes,) if any(shapes) else None, verify=False
-        )
+        artifact = package.compile(wrapper, inputs, dynamic_shapes=(shapes,) if any(shapes) else None, verify=False)
         model = artifact.model()
         names = [spec.name for spec in model.inputs]
         used = _used_inputs(wrapper, len(inputs), len(names))

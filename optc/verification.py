@@ -94,9 +94,7 @@ def compare(name: str, actual: np.ndarray, expected: np.ndarray) -> OutputError:
     )
 
 
-def reference(
-    model: oir.Model, prefer: str | None = None
-) -> tuple[str, Callable[[Arrays], dict[str, np.ndarray]]]:
+def reference(model: oir.Model, prefer: str | None = None) -> tuple[str, Callable[[Arrays], dict[str, np.ndarray]]]:
     """Return the name and the function of the best reference for ``model``.
 
     onnxruntime when it is installed and accepts the model, else onnx's reference evaluator; ``prefer`` forces

@@ -48,3 +48,11 @@ class Pass(ABC):
     @abstractmethod
     def call(self, model: oir.Model) -> PassResult:
         """Run on a canonical model, in place; the model is canonical again on return."""
+
+    def rule_names(self) -> tuple[str, ...]:
+        """Return the names of the rules that can be left out one by one."""
+        return ()
+
+    def without(self, names: frozenset[str]) -> Pass:
+        """Return this pass without the rules called ``names``."""
+        return self

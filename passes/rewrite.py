@@ -143,6 +143,16 @@ class RewritePass(Pass):
             for anchor in entry.anchors:
                 self._by_anchor.setdefault(anchor, []).append(entry)
 
+    def rule_names(self) -> tuple[str, ...]:
+        """Return the names of the rules."""
+        return tuple(entry.name for entry in self.rules)
+
+    def without(self, names: frozenset[str]) -> Pass:
+        """Return this pass without the rules called ``names``."""
+        if names.isdisjoint(self.rule_names()):
+            return self
+        return RewritePass(self.name, [entry for entry in self.rules if entry.name not in names])
+
     def call(self, model: oir.Model) -> PassResult:
         """Apply the rules everywhere, in subgraphs too."""
         sweep = _Sweep(model, self._by_anchor)

@@ -131,8 +131,10 @@ def library() -> ctypes.CDLL:
     """Load TVM's runtime libraries, once per process, and return the one with the C ABI."""
     if not sys.platform.startswith("linux"):
         raise OptcError(f"compiled models run on Linux only, not on {sys.platform}")
-    # TVM would pin the calling thread and its own to fixed cores, the same ones in every process.
+    # TVM would pin the calling thread and its own to fixed cores, the same ones in every process, and keep
+    # its own busy for 0.2 s after each call.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "20000")
     ours, tvm = library_folder("tvm_ffi"), library_folder("tvm")
     try:
         abi = ctypes.CDLL(str(ours / "libtvm_ffi.so"), ctypes.RTLD_GLOBAL)

@@ -8,7 +8,6 @@ other exception); ``crash``; ``timeout``. Everything but the first two is a defe
 """
 
 import argparse
-import glob
 import json
 import os
 import re
@@ -73,9 +72,12 @@ def material(case: object) -> tuple[onnx.ModelProto, list[tuple[list[object], li
         return model, [(inputs, [load_value(f"{stem}_output_{i}.pb", kind) for i, kind in enumerate(kinds)])]
     model = onnx.load(Path(case.model_dir) / "model.onnx")
     sets = []
-    for folder in sorted(glob.glob(f"{case.model_dir}/test_data_set*")):
-        inputs = [load_value(f"{folder}/input_{i}.pb", x.type) for i, x in enumerate(model.graph.input)
-                  if Path(f"{folder}/input_{i}.pb").exists()]
+    for folder in sorted(Path(case.model_dir).glob("test_data_set*")):
+        inputs = [
+            load_value(f"{folder}/input_{i}.pb", x.type)
+            for i, x in enumerate(model.graph.input)
+            if Path(f"{folder}/input_{i}.pb").exists()
+        ]
         outputs = [load_value(f"{folder}/output_{i}.pb", x.type) for i, x in enumerate(model.graph.output)]
         sets.append((inputs, outputs))
     return model, sets
@@ -92,7 +94,7 @@ def run_optc(model: onnx.ModelProto, sets: list) -> list:
     return [representation.run(inputs) for inputs, _ in sets]
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     pass
 
 
@@ -106,12 +108,12 @@ def run_onnxruntime(model: onnx.ModelProto, sets: list) -> list:
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise Refused(str(error)) from error
+        raise RefusedError(str(error)) from error
     names = [x.name for x in session.get_inputs()]
     try:
         return [session.run(None, dict(zip(names, map(plain, inputs), strict=False))) for inputs, _ in sets]
     except Exception as error:
-        raise Refused(str(error)) from error
+        raise RefusedError(str(error)) from error
 
 
 def plain(value: object) -> object:
@@ -123,7 +125,7 @@ def judge(case: object, backend: str) -> dict[str, object]:
     result: dict[str, object] = {"ops": sorted({node.op_type for node in model.graph.node})}
     try:
         outputs = run_optc(model, sets) if backend == "optc" else run_onnxruntime(model, sets)
-    except (BackendIsNotSupposedToImplementIt, Refused) as error:
+    except (BackendIsNotSupposedToImplementIt, RefusedError) as error:
         return result | {"status": "unsupported", "message": str(error)[:2000]}
     except Exception as error:
         return result | {"status": "error", "message": f"{type(error).__name__}: {error}"[:2000]}

@@ -58,7 +58,7 @@ FAMILIES = {
         d2a7720d45a54257208b1e13e36a8479894cb74155a5efe29462512d42f49da9 ch_PP-OCRv4_det_infer.onnx det.onnx
         48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b ch_PP-OCRv4_rec_infer.onnx rec.onnx
         e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c ch_ppocr_mobile_v2.0_cls_infer.onnx cls.onnx
-        """,  # noqa: E501
+        """,
     ),
     "silero": _family(
         "silero-vad==6.2.3",
@@ -153,9 +153,7 @@ def fetch(name: str, cache: Path) -> None:
 def main() -> None:
     """Fetch the families named on the command line, or all of them."""
     parser = argparse.ArgumentParser(description="Fetch the real models into the cache.")
-    parser.add_argument(
-        "families", nargs="*", metavar="family", help=f"of {', '.join(FAMILIES)}; default: all"
-    )
+    parser.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(FAMILIES)}; default: all")
     names = parser.parse_args().families or list(FAMILIES)
     if unknown := [name for name in names if name not in FAMILIES]:
         parser.error(f"unknown family {unknown[0]!r}, choose from {', '.join(FAMILIES)}")

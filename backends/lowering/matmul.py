@@ -19,17 +19,16 @@ TABLE = Table()
 @TABLE.lowers("MatMul")
 def matmul(site: Site) -> Any:
     """MatMul-13: NumPy's matmul, ranks 1 to n with broadcast leading axes."""
-    a, b = site.tensor(0), site.tensor(1)
-    left, right = shape_of(a), shape_of(b)
+    a, constant = site.tensor(0), site.constant(1)
+    left = shape_of(a)
+    right = list(constant.shape) if constant is not None else site.shape(1)
     if len(left) == 1:
         a = site.reshape(a, [1, left[0]])
-    if len(right) == 1:
-        b = site.reshape(b, [right[0], 1])
-    constant = site.constant(1) if len(right) <= 2 else None
-    if constant is not None:
+    if constant is not None and len(right) <= 2:
         result = packed(site, a, constant.reshape(constant.shape[0], -1))
     else:
-        result = product(site, a, b)
+        b = site.tensor(1)
+        result = product(site, a, site.reshape(b, [right[0], 1]) if len(right) == 1 else b)
     if len(left) > 1 and len(right) > 1:
         return result
     shape = shape_of(result)

@@ -18,9 +18,7 @@ from optc.errors import UsageError
 @click.option("--model", "-m", help="The model the artifact was compiled from; needed with --against.")
 @click.option("--against", default="", metavar="NAMES", help="Peers, by comma: onnxruntime, openvino.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for every contestant (default: all cores).")
-@click.option(
-    "--seconds", default=5.0, show_default=True, help="Time to measure for, all contestants together."
-)
+@click.option("--seconds", default=5.0, show_default=True, help="Time to measure for, all contestants together.")
 @click.option("--input", "-i", "inputs", multiple=True, metavar="NAME=FILE", help="As in `optc run`.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a symbolic dimension.")
 @click.option("--profile", is_flag=True, help="Also show the time of every kernel.")
@@ -77,9 +75,7 @@ def command(
         _show_kernels(kernels)
 
 
-def _peers(
-    model: str, names: list[str], threads: int, arrays: dict[str, Any]
-) -> dict[str, Callable[[], object]]:
+def _peers(model: str, names: list[str], threads: int, arrays: dict[str, Any]) -> dict[str, Callable[[], object]]:
     from optc.capture import capture
     from optc.peers import open_peer
 
@@ -126,7 +122,5 @@ def _show_kernels(kernels: list[Any]) -> None:
         table.add_column(header, justify="left" if header == "kernel" else "right")
     total = sum(k.seconds for k in kernels) or 1.0
     for kernel in sorted(kernels, key=lambda k: -k.seconds):
-        table.add_row(
-            kernel.name, str(kernel.calls), f"{kernel.seconds * 1e3:.3f}", f"{kernel.seconds / total:.1%}"
-        )
+        table.add_row(kernel.name, str(kernel.calls), f"{kernel.seconds * 1e3:.3f}", f"{kernel.seconds / total:.1%}")
     Console().print(table)

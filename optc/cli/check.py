@@ -13,9 +13,7 @@ from optc.errors import ModelError
 @click.option("--target", "-t", default="cpu", show_default=True, help="What it would be compiled for.")
 @capture_options
 @json_option
-def command(
-    model: str, target: str, input_shapes: tuple[str, ...], dims: tuple[str, ...], as_json: bool
-) -> None:
+def command(model: str, target: str, input_shapes: tuple[str, ...], dims: tuple[str, ...], as_json: bool) -> None:
     """List everything in MODEL that is not supported, at once and without compiling.
 
     \b

@@ -14,24 +14,16 @@ from optc.errors import UsageError
 
 @click.command(name="compile")
 @click.argument("model", required=False)
-@click.option(
-    "--output", "-o", type=click.Path(), help="The artifact to write (default: MODEL's name with .optc)."
-)
+@click.option("--output", "-o", type=click.Path(), help="The artifact to write (default: MODEL's name with .optc).")
 @click.option("--target", "-t", help="What to compile for (default: cpu, this machine); see `optc targets`.")
 @capture_options
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with a reference.")
 @click.option("--tolerance", type=float, help="Allowed error relative to each output's largest magnitude.")
-@click.option(
-    "--disable-pass", "disable", multiple=True, metavar="NAME", help="Leave out a pass; repeatable."
-)
+@click.option("--disable-pass", "disable", multiple=True, metavar="NAME", help="Leave out a pass; repeatable.")
 @click.option("--print-ir-after", multiple=True, metavar="PASS|all", help="Print the graph after a pass.")
-@click.option(
-    "--dump-ir", type=click.Path(path_type=Path), help="Write the graph after every pass to this folder."
-)
+@click.option("--dump-ir", type=click.Path(path_type=Path), help="Write the graph after every pass to this folder.")
 @click.option("--verify-ir", is_flag=True, help="Check the graph's canonical form after every pass.")
-@click.option(
-    "--config", type=click.Path(path_type=Path), help=f"Read options from a file like {DEFAULT_NAME}."
-)
+@click.option("--config", type=click.Path(path_type=Path), help=f"Read options from a file like {DEFAULT_NAME}.")
 @click.option("--save-config", type=click.Path(path_type=Path), help="Write these options to a new file.")
 @json_option
 def command(
@@ -159,16 +151,12 @@ def _show(console: Any, summary: dict[str, Any], artifact: Any) -> None:
     table.add_row("artifact", f"{summary['artifact']} ({summary['bytes'] / 1e6:.1f} MB)")
     table.add_row("inputs", ", ".join(map(str, artifact.inputs)))
     table.add_row("outputs", ", ".join(map(str, artifact.outputs)))
-    table.add_row(
-        "kernels", f"{len(kernels)} (" + ", ".join(f"{n} {rule}" for rule, n in sorted(rules.items())) + ")"
-    )
+    table.add_row("kernels", f"{len(kernels)} (" + ", ".join(f"{n} {rule}" for rule, n in sorted(rules.items())) + ")")
     table.add_row("time", seconds)
     verification = report["verification"]
     if isinstance(verification, str):
         table.add_row("verified", f"[yellow]no[/]: {verification}")
     else:
         worst = max((o["relative"] for o in verification["outputs"]), default=0.0)
-        table.add_row(
-            "verified", f"[green]yes[/]: relative error {worst:.1e} against {verification['reference']}"
-        )
+        table.add_row("verified", f"[green]yes[/]: relative error {worst:.1e} against {verification['reference']}")
     console.print(table)

@@ -57,9 +57,7 @@ def command(as_json: bool) -> None:
 
 
 def _packages() -> list[Finding]:
-    findings = [
-        Finding("Python", platform.python_version(), sys.version_info >= (3, 11), True, "use 3.11 or newer")
-    ]
+    findings = [Finding("Python", platform.python_version(), sys.version_info >= (3, 11), True, "use 3.11 or newer")]
     for name, prefix in REQUIRED.items():
         version = _version(name)
         good = version is not None and version.startswith(prefix)
@@ -100,9 +98,7 @@ def _machine() -> list[Finding]:
     gpu = shutil.which("nvidia-smi")
     return [
         Finding("CPU", f"{target.cpu}, {cores} core(s), {', '.join(features)}", True, True),
-        Finding(
-            "GPU", gpu or "none seen", gpu is not None, False, "only needed to run on one; CPU targets work"
-        ),
+        Finding("GPU", gpu or "none seen", gpu is not None, False, "only needed to run on one; CPU targets work"),
     ]
 
 

@@ -15,9 +15,7 @@ from optc.cli.common import capture_arguments, capture_options, json_option, pri
 @capture_options
 @click.option("--text", is_flag=True, help="Print the whole graph in ONNX's text form (models only).")
 @json_option
-def command(
-    model: str, input_shapes: tuple[str, ...], dims: tuple[str, ...], text: bool, as_json: bool
-) -> None:
+def command(model: str, input_shapes: tuple[str, ...], dims: tuple[str, ...], text: bool, as_json: bool) -> None:
     """Show what is inside MODEL: an artifact (.optc), or anything that `optc compile` takes.
 
     \b

@@ -12,17 +12,11 @@ from optc.errors import UsageError
 
 @click.command(name="optimize")
 @click.argument("model")
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), required=True, help="The ONNX file to write."
-)
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
 @capture_options
-@click.option(
-    "--disable-pass", "disable", multiple=True, metavar="NAME", help="Leave out a pass; repeatable."
-)
+@click.option("--disable-pass", "disable", multiple=True, metavar="NAME", help="Leave out a pass; repeatable.")
 @click.option("--print-ir-after", multiple=True, metavar="PASS|all", help="Print the graph after a pass.")
-@click.option(
-    "--dump-ir", type=click.Path(path_type=Path), help="Write the graph after every pass to this folder."
-)
+@click.option("--dump-ir", type=click.Path(path_type=Path), help="Write the graph after every pass to this folder.")
 @click.option("--verify-ir", is_flag=True, help="Check the graph's canonical form after every pass.")
 @json_option
 def command(
@@ -59,9 +53,7 @@ def command(
     )
     serialize.save(optimized, output)
     if as_json:
-        print_json(
-            {"output": str(output), "seconds": trace.seconds, "passes": [vars(r) for r in trace.passes]}
-        )
+        print_json({"output": str(output), "seconds": trace.seconds, "passes": [vars(r) for r in trace.passes]})
         return
     from rich.console import Console
     from rich.table import Table

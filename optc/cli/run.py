@@ -25,9 +25,7 @@ from optc.cli.common import json_option, print_json, read_inputs, write_atomical
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write all outputs to this .npz file.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to use (default: all cores).")
 @json_option
-def command(
-    artifact: Path, inputs: tuple[str, ...], output: Path | None, threads: int | None, as_json: bool
-) -> None:
+def command(artifact: Path, inputs: tuple[str, ...], output: Path | None, threads: int | None, as_json: bool) -> None:
     """Run ARTIFACT once and show its outputs.
 
     \b
@@ -51,9 +49,7 @@ def command(
         write_atomically(output, lambda path: np.savez(path, **results))  # type: ignore[arg-type]
     if as_json:
         seconds = {"load": loaded - start, "run": end - begin}
-        print_json(
-            {"seconds": seconds, "outputs": {name: _describe(array) for name, array in results.items()}}
-        )
+        print_json({"seconds": seconds, "outputs": {name: _describe(array) for name, array in results.items()}})
         return
     for name, array in results.items():
         click.echo(f"{name}: {array.dtype}{list(array.shape)}  {_preview(array)}")
@@ -61,9 +57,7 @@ def command(
 
 
 def _preview(array: np.ndarray) -> str:
-    text = np.array2string(
-        array.astype(np.float64) if array.dtype.kind == "V" else array, threshold=8, edgeitems=3
-    )
+    text = np.array2string(array.astype(np.float64) if array.dtype.kind == "V" else array, threshold=8, edgeitems=3)
     if array.size > 1 and array.dtype.kind == "f":
         text += f"  min {array.min():.4g} max {array.max():.4g}"
     return text

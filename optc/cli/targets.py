@@ -25,9 +25,7 @@ def command(as_json: bool) -> None:
             linked_by = linker(target)[0]
         except MissingDependencyError as error:
             linked_by = f"no linker: {error.hint}"
-        rows.append(
-            target.describe() | {"name": name, "vector_bits": target.vector_bits, "linker": linked_by}
-        )
+        rows.append(target.describe() | {"name": name, "vector_bits": target.vector_bits, "linker": linked_by})
     if as_json:
         print_json(rows)
         return

@@ -16,9 +16,7 @@ from optc.errors import UsageError
 @click.option("--input", "-i", "inputs", multiple=True, metavar="NAME=FILE", help="As in `optc run`.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random inputs.")
 @capture_options
-@click.option(
-    "--reference", type=click.Choice(["onnxruntime", "onnx"]), help="Default: the best one there is."
-)
+@click.option("--reference", type=click.Choice(["onnxruntime", "onnx"]), help="Default: the best one there is.")
 @click.option("--tolerance", type=float, help="Allowed error relative to each output's largest magnitude.")
 @click.option("--bisect", is_flag=True, help="Name the first graph pass that changes the results.")
 @json_option
@@ -59,11 +57,7 @@ def command(
         if as_json:
             print_json({"pass": culprit})
         else:
-            click.echo(
-                f"first pass that changes the results: {culprit}"
-                if culprit
-                else "no pass changes the results"
-            )
+            click.echo(f"first pass that changes the results: {culprit}" if culprit else "no pass changes the results")
         return
     if artifact is None:
         loaded = compile(model, verify=False, **arguments).model()

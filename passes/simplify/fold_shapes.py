@@ -24,6 +24,17 @@ class FoldShapes(Pass):
 
     name = "fold-shapes"
 
+    def __init__(self, disabled: frozenset[str] = frozenset()) -> None:
+        self.disabled = disabled
+
+    def rule_names(self) -> tuple[str, ...]:
+        """Return the names of the rules."""
+        return tuple(CONSUMERS.values()) + tuple(PRODUCERS.values())
+
+    def without(self, names: frozenset[str]) -> Pass:
+        """Return this pass without the rules called ``names``."""
+        return FoldShapes(self.disabled | names.intersection(self.rule_names()))
+
     def call(self, model: oir.Model) -> PassResult:
         """Run on a canonical model whose shapes are inferred."""
         rules = _Rules(model)

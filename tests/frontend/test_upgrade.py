@@ -15,8 +15,8 @@ from onnx.reference import ReferenceEvaluator
 
 from optc.errors import UnsupportedModelError
 from optc.frontend import canonicalize  # noqa: F401 (registers the adapters)
-from optc.frontend.onnx import load
 from optc.frontend.check import OLDEST_OPSET
+from optc.frontend.onnx import load
 from optc.frontend.upgrade import adapters
 from optc.ir import CANONICAL_OPSET
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from optc.passes.fuse.gelu import gelu_pass
 
 ERF = "0.5*x*(1+erf(x/sqrt(2))) => Gelu(x)"
@@ -99,8 +100,6 @@ def test_near_misses(text, outputs, reason, build, check, rng):
     ],
 )
 def test_other_functions_stay(text, build, check, rng):
-    model = build(
-        "(float[b,5] x, float[b,5] v) => (float[b,5] y) {" + text + "}", **BASE, quick=np.float32(1.702)
-    )
+    model = build("(float[b,5] x, float[b,5] v) => (float[b,5] y) {" + text + "}", **BASE, quick=np.float32(1.702))
     feeds = {name: rng.standard_normal((3, 5), np.float32) for name in "xv"}
     assert not check(model, gelu_pass(), feeds, fired={}).modified

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from optc.passes.fuse.softmax import softmax_pass
 
 SOFTMAX = "Exp(x)/Sum(Exp(x)) => Softmax(x)"
@@ -96,8 +97,8 @@ def test_shift_over_another_axis_is_kept(build, check, rng):
     check(model, softmax_pass(), {"x": rng.standard_normal((3, 4, 5), np.float32)}, fired={SOFTMAX: 1}, ops=ops)
 
 
-def test_axes_of_a_graph_input_are_unknown(build, check, rng):
+def test_axes_of_a_graph_input_are_unknown(build):
     text = "e = Exp(x) t = ReduceSum(e, ax) y = Div(e, t)"
-    model = build("(float[b,4,5] x, int64[1] ax) => (float[b,4,5] y) {" + text + "}")
-    result = check(model, softmax_pass(), {"x": rng.standard_normal((3, 4, 5), np.float32), "ax": LAST}, fired={})
+    result = softmax_pass().call(build("(float[b,4,5] x, int64[1] ax) => (float[b,4,5] y) {" + text + "}"))
+    assert not result.fired
     assert "one known axis" in result.skipped[0].reason

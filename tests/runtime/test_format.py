@@ -140,7 +140,7 @@ def test_missing_file_and_optional_file():
     root["files"][TUNING] = {"size": 1, "sha256": HASH}
     parse_manifest(json.dumps(root).encode())
     del root["files"][REPORT]
-    with pytest.raises(ArtifactError, match="report.json is missing"):
+    with pytest.raises(ArtifactError, match=r"report\.json is missing"):
         parse_manifest(json.dumps(root).encode())
 
 

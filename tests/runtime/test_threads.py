@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,10 +113,10 @@ def test_descriptors_end_with_the_model(affine_path):
 
     x = np.ones((1, 16), np.float32)
     optc.runtime.load(affine_path).run({"x": x})
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
         optc.runtime.load(affine_path).run({"x": x})
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_many_models_keep_apart(copier, affine, weight):

@@ -1,0 +1,110 @@
+"""Small constructors for loop nests in TIR, and substitution in expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+
+_KINDS = {"serial": 0, "parallel": 1, "vectorized": 2, "unrolled": 3}
+
+
+def index(value: Any) -> Any:
+    """Return ``value`` as an int64 expression."""
+    return tirx.IntImm("int64", value) if isinstance(value, int) else value
+
+
+def static(value: Any) -> int | None:
+    """Return the number that ``value`` is, None for a symbolic expression."""
+    if isinstance(value, tirx.IntImm):
+        return int(value)
+    return value if isinstance(value, int) else None
+
+
+def plain(value: Any) -> Any:
+    """Return a Python int for a constant, else the expression."""
+    number = static(value)
+    return value if number is None else number
+
+
+def ceildiv(a: Any, b: int) -> Any:
+    """Return ``a / b`` rounded up, for a >= 0 and a positive constant b."""
+    return (a + (b - 1)) // b
+
+
+def smaller(a: Any, b: Any) -> Any:
+    """Return the minimum of two index values."""
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    return tirx.min(index(a), index(b))
+
+
+def product(values: Sequence[Any]) -> Any:
+    """Return the product of index values, 1 for none."""
+    total: Any = 1
+    for value in values:
+        total = total * plain(value)
+    return total
+
+
+def loop(name: str, extent: Any, body: Callable[[Any], Any], kind: str = "serial") -> Any:
+    """Return ``for name in range(extent): body(name)``; a loop of one turn is just its body."""
+    if static(extent) == 1 and kind != "parallel":
+        return body(tirx.IntImm("int64", 0))
+    variable = tirx.Var(name, "int64")
+    return tirx.For(variable, index(0), index(extent), tirx.ForKind(_KINDS[kind]), body(variable))
+
+
+def sequence(*statements: Any) -> Any:
+    """Return the statements one after the other; None is left out."""
+    kept = [s for s in statements if s is not None]
+    return kept[0] if len(kept) == 1 else tirx.SeqStmt(kept)
+
+
+def store(buffer: Any, position: Any, value: Any) -> Any:
+    """Return ``buffer[position] = value`` for a flat buffer."""
+    return tirx.BufferStore(buffer, value, [index(position)])
+
+
+def load(buffer: Any, position: Any) -> Any:
+    """Return ``buffer[position]`` of a flat buffer."""
+    return tirx.BufferLoad(buffer, [index(position)])
+
+
+def scratch(name: str, size: Any, dtype: str, scope: str = "local") -> tuple[Any, Any]:
+    """Return a flat scratch buffer and the statement that allocates it."""
+    buffer = tirx.decl_buffer([index(size)], dtype, name, scope=scope)
+    return buffer, tirx.AllocBuffer(buffer)
+
+
+def unravel(flat: Any, extents: Sequence[Any]) -> list[Any]:
+    """Return the row-major coordinates of ``flat`` in a box of ``extents``."""
+    coordinates: list[Any] = []
+    for extent in reversed(list(extents)[1:]):
+        coordinates.insert(0, index(flat) % index(extent))
+        flat = index(flat) // index(extent)
+    return [flat, *coordinates]
+
+
+def replace(expression: Any, variables: Mapping[Any, Any], on_load: Callable[[Any], Any] | None = None) -> Any:
+    """Substitute variables in an expression; ``on_load`` sees every tensor load before its indices are substituted."""
+
+    def variable(value: Any) -> Any:
+        found = variables.get(value)
+        return value if found is None else index(found)
+
+    callbacks: list[Any] = [(tvm.ir.Var, variable)]
+    if on_load is not None:
+        callbacks.insert(0, (tvm.ir.TensorLoad, on_load))
+    return tvm_ffi.structural_map(expression, callbacks, order="pre")
+
+
+def uses(expression: Any, variables: Sequence[Any]) -> bool:
+    """Tell whether an expression mentions one of ``variables``."""
+    found: list[bool] = []
+    wanted = set(variables)
+    tvm_ffi.structural_walk(expression, (tvm.ir.Var, lambda v: found.append(v in wanted)))
+    return any(found)

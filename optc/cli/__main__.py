@@ -1,0 +1,5 @@
+"""``python -m optc.cli`` is ``optc``."""
+
+from optc.cli import main
+
+main()
