@@ -140,9 +140,7 @@ class Artifact:
         if self.tuning:
             contents[TUNING] = self.tuning.encode()
         sha, crc = self.weights.digest
-        files = {
-            name: FileSpec(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()
-        }
+        files = {name: FileSpec(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
         files[WEIGHTS] = FileSpec(self.weights.size, sha)
         contents = {MANIFEST: replace(self.manifest, files=files).to_json(), **contents}
         parse_manifest(contents[MANIFEST])  # what cannot be read must not be written

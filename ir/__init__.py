@@ -1,8 +1,8 @@
 """The IR that every room speaks: an ``onnx_ir.Model`` in canonical form, with checks and views.
 
-Submodules: ``dims`` and ``shapes`` (symbolic shapes), ``verifier``, ``provenance``, ``graph`` (networkx view), ``cost``,
-``text``, ``reference`` (evaluation by onnx), ``serialize`` (ONNX files). Functions are loaded when they are first
-used: ``import optc.ir`` loads none of sympy, networkx and onnx's reference evaluator.
+Submodules: ``dims`` and ``shapes`` (symbolic shapes), ``verifier``, ``provenance``, ``graph`` (networkx view),
+``cost``, ``text``, ``reference`` (evaluation by onnx), ``serialize`` (ONNX files). Functions are loaded when they are
+first used: ``import optc.ir`` loads neither networkx nor onnx's reference evaluator nor the shape rules.
 """
 
 from __future__ import annotations

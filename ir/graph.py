@@ -89,5 +89,3 @@ def statistics(model: oir.Model) -> Statistics:
         components=networkx.number_weakly_connected_components(graph),
         operators=dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
     )
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,16 +20,14 @@ _NEEDS_14 = frozenset({oir.DataType.FLOAT6E2M3, oir.DataType.FLOAT6E3M2})
 def to_proto(model: oir.Model) -> onnx.ModelProto:
     """Return ``model`` as one protobuf object with all weights inside; the model is not changed.
 
-    External weights are read from their files. The object may be larger than 2 GiB, and then cannot be turned into bytes.
+    External weights are read from their files. An object of more than 2 GiB cannot be turned into bytes.
     """
     proto = oir.serde.serialize_model(model)
     for tensor in proto.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             data = model.graph.initializers[tensor.name].const_value
             assert data is not None
-            tensor.CopyFrom(
-                oir.serde.serialize_tensor(oir.Tensor(data.numpy(), dtype=data.dtype, name=tensor.name))
-            )
+            tensor.CopyFrom(oir.serde.serialize_tensor(oir.Tensor(data.numpy(), dtype=data.dtype, name=tensor.name)))
     proto.ir_version = _ir_version(model)
     return proto
 
@@ -47,13 +44,9 @@ def save(model: oir.Model, path: str | Path, *, inline_limit: int = INLINE_LIMIT
     OSError as the file system does.
     """
     path = Path(path)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        written = _write(model, folder, path.name, inline_limit)
-        for file in written:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        for file in _write(model, Path(folder), path.name, inline_limit):
             file.replace(path.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(model: oir.Model, folder: Path, name: str, inline_limit: int) -> list[Path]:

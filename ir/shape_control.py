@@ -103,6 +103,9 @@ def _iterate(
             formal.shape = actual.shape
     varying: set[tuple[oir.Value, int]] = set()
     while True:
+        for node in body.all_nodes():
+            for value in node.outputs:
+                value.shape = None  # what held for the first iteration must not be trusted for all
         walk(body)
         stable = True
         for _, formal, result in carried:

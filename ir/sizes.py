@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import onnx_ir as oir
 
@@ -12,7 +12,7 @@ from optc.ir import dims
 if TYPE_CHECKING:
     import sympy
 
-    Amount = int | sympy.Expr | None
+Amount: TypeAlias = "int | sympy.Expr | None"
 
 _STRING_BYTES = 8  # a pointer: where the characters are depends on the runtime
 

@@ -52,3 +52,39 @@ def static_shape(value: oir.Value | None) -> tuple[int, ...] | None:
     if value is None or value.shape is None or not value.shape.is_static():
         return None
     return tuple(int(d) for d in value.shape.numpy())
+
+
+def same_shape(a: oir.Value | None, b: oir.Value | None) -> bool:
+    """Tell whether two values surely have the same shape: equal sizes and equal names, none unknown."""
+    if a is None or b is None or a.shape is None or b.shape is None:
+        return False
+    return len(a.shape) == len(b.shape) and all(map(same_dim, a.shape, b.shape))
+
+
+def same_dim(a: int | oir.SymbolicDim, b: int | oir.SymbolicDim) -> bool:
+    """Tell whether two dims are surely equal."""
+    return a == b if isinstance(a, int) or isinstance(b, int) else a.value is not None and a.value == b.value
+
+
+def integers(value: oir.Value | None) -> tuple[int, ...] | None:
+    """Return the elements of a constant integer vector or scalar, or None."""
+    array = constant(value)
+    if array is None or array.ndim > 1 or array.dtype.kind not in "iu":
+        return None
+    return tuple(int(n) for n in array.reshape(-1))
+
+
+def int_attribute(node: oir.Node, name: str, default: int) -> int:
+    """Return an integer attribute, or the default that the operator has for it."""
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None else default
+
+
+def input_or_none(node: oir.Node, index: int) -> oir.Value | None:
+    """Return an input, None where it is left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def is_float(value: oir.Value | None) -> bool:
+    """Tell whether a value is a floating point tensor."""
+    return value is not None and value.dtype is not None and value.dtype.is_floating_point()

@@ -69,7 +69,7 @@ class _Pool:
 
     def reset(self) -> None:
         """Forget all runners: in the child of a fork none of their threads exists."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a finalizer may run wherever the lock is held
         self.idle: list[_Inline | _Worker] = []
 
     def machine(self) -> Machine:

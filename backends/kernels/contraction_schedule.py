@@ -80,9 +80,8 @@ def analyze(function: Any) -> Contraction | None:
         return None
     core, out = marked[0], outputs[0]
     ends = [sch.get(core), sch.get(out)]
-    for block in sch.get_child_blocks(root):
-        if any(sch.get(block).same_as(end) for end in ends):
-            continue
+    others = [b for b in sch.get_child_blocks(root) if not any(sch.get(b).same_as(end) for end in ends)]
+    for block in others:
         try:
             sch.compute_inline(block)
         except s_tir.ScheduleError:
@@ -264,8 +263,8 @@ class Generator:
                 value = self._value(self.c.column_operand, {**places, **where, **at_k}, flat=[(columns, column)])
                 return store(panel, (t * self.k + k) * self.nr + segment * lanes + lane, value)
 
-            return self._reduced(lambda k, at_k: loop(
-                "lane", lanes, lambda lane: element(k, at_k, lane), "vectorized" if vector else "unrolled"))
+            return self._reduced(lambda k, at_k: self._lanewise(
+                lambda lane: element(k, at_k, lane), "vectorized" if vector else "unrolled"))
 
         def segment(v: Any) -> Any:
             contiguous = self._contiguous()
@@ -318,9 +317,7 @@ class Generator:
             return self._value(self.c.row_operand, {**places, **self.c.rows.at(position)}, k=k,
                                flat=[(self.c.rows, position)])
 
-        def lanewise(make: Any) -> Any:
-            return loop("lane", lanes, make, "vectorized") if lanes > 1 else make(0)
-
+        lanewise = self._lanewise
         zero = sequence(*(lanewise(lambda lane, i=i, v=v: store(
             acc, i * nr + v * lanes + lane, tirx.const(0, self.dtype))) for i, v in vectors))
 
@@ -331,6 +328,16 @@ class Generator:
             )) for i, v in vectors))
 
         return sequence(allocate, zero, loop("k", self.k, update), self._store(places, r, t, acc, exact))
+
+    def _lanewise(self, make: Any, kind: str = "vectorized") -> Any:
+        """Return a loop over the lanes of one vector."""
+
+        def body(lane: Any) -> Any:
+            if isinstance(lane, tvm.ir.Var):
+                self.analyzer.bind(lane, tvm.ir.Range(loops.index(0), loops.index(self.lanes)))
+            return make(lane)
+
+        return loop("lane", self.lanes, body, kind)
 
     def _store(self, places: dict[Any, Any], r: Any, t: Any, acc: Any, exact: bool) -> Any:
         mr, nr, lanes = self.mr, self.nr, self.lanes
@@ -349,14 +356,14 @@ class Generator:
                 loops.index(r * mr + i) < loops.index(self.r), statement, None)
 
         whole = sequence(*(guarded(i, sequence(*(
-            loop("lane", lanes, lambda lane, i=i, v=v: put(
-                acc, i, t * nr + v * lanes + lane, i * nr + v * lanes + lane), "vectorized")
+            self._lanewise(lambda lane, i=i, v=v: put(
+                acc, i, t * nr + v * lanes + lane, i * nr + v * lanes + lane))
             for v in range(nr // lanes)))) for i in range(mr)))
         if full_columns:
             return whole
         tail, allocate = loops.scratch("tail", mr * nr, self.dtype)
-        copies = [loop("lane", lanes, lambda lane, p=p: store(tail, p * lanes + lane, load(acc, p * lanes + lane)),
-                       "vectorized") for p in range(mr * nr // lanes)]
+        copies = [self._lanewise(lambda lane, p=p: store(tail, p * lanes + lane, load(acc, p * lanes + lane)))
+                  for p in range(mr * nr // lanes)]
         partial = sequence(allocate, *copies, loop("i", mr, lambda i: guarded(i, loop(
             "j", loops.smaller(nr, self.n - t * nr),
             lambda j: put(tail, i, t * nr + j, i * nr + j)))))

@@ -6,8 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from optc.backends.base import Target
+from optc.backends.kernels import contraction, contraction_schedule, depthwise
 
 ScheduleFunction = Callable[[Any, Target], Any]
 """Takes a fused PrimFunc and the target; returns the scheduled PrimFunc, or None if it cannot handle it."""
 
-TEMPLATES: dict[str, ScheduleFunction] = {}
+TEMPLATES: dict[str, ScheduleFunction] = {
+    contraction.TEMPLATE: contraction_schedule.schedule,
+    depthwise.TEMPLATE: depthwise.schedule,
+}

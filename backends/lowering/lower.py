@@ -242,6 +242,7 @@ class Lowerer:
             if not shape:
                 tensor = self.reshape(tensor, [1])
             known = np.array(self.bind_shape(tensor, str(value.name)), dtype=object)
+            self.read.update(known)
             self.integers[value] = known.reshape(shape)
         else:
             self.integers[value] = np.array(
@@ -268,6 +269,32 @@ class Lowerer:
     def reshape(self, tensor: Any, shape: Sequence[Any]) -> Any:
         """Return a view of ``tensor`` with another shape."""
         return self.builder.emit(relax.op.reshape(tensor, [emission.as_index(d) for d in shape]))
+
+    def is_read(self, value: Any) -> bool:
+        """Tell whether ``value`` involves an element read at run time by ``elements``."""
+        return not isinstance(value, int) and any(v in self.read for v in tirx.analysis.undefined_vars(value))
+
+    def settle(self, dims: Sequence[Any]) -> list[Any]:
+        """Bind every expression of elements read at run time to a fresh symbol; other dimensions stay."""
+        dims = [self.simplify(d) for d in dims]
+        loose = [i for i, d in enumerate(dims) if self.is_read(d) and not isinstance(d, tvm.ir.Var)]
+        if loose:
+            symbols = [self.symbol("n") for _ in loose]
+            shape = relax.ShapeExpr([emission.as_index(dims[i]) for i in loose])
+            self.builder.match_cast(shape, relax.ShapeType(symbols))
+            for i, symbol in zip(loose, symbols, strict=True):
+                dims[i] = symbol
+        return dims
+
+    def nonnegative(self, value: Any) -> bool:
+        """Tell whether ``value`` is at least 0 for every legal size."""
+        if isinstance(value, int):
+            return value >= 0
+        return bool(self.analyzer.can_prove_greater_equal(value, 0))
+
+    def simplify(self, value: Any) -> Any:
+        """Return a simpler equal expression, an int where it is one."""
+        return value if isinstance(value, int) else emission.plain(self.analyzer.simplify(value))
 
     def prove_equal(self, a: Any, b: Any) -> bool:
         """Tell whether two dimensions are equal for every legal size."""

@@ -9,7 +9,7 @@ import numpy as np
 from tvm import te
 
 from optc.backends.kernels import contraction
-from optc.backends.lowering.emit import shape_of
+from optc.backends.lowering.emit import plain, shape_of
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 
@@ -120,4 +120,5 @@ def _packed_gemm_weight(site: Site, constant: np.ndarray, transposed: bool) -> A
 
 
 def _is_one(extent: Any) -> bool:
-    return str(extent) == "1"
+    extent = plain(extent)
+    return isinstance(extent, int) and extent == 1

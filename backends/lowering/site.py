@@ -138,6 +138,22 @@ class Site:
         """Read a 1-D int64 tensor of known length at run time into fresh symbolic dimensions."""
         return self.lowerer.bind_shape(tensor, hint)
 
+    def is_read(self, value: Any) -> bool:
+        """Tell whether ``value`` involves an element that ``ints`` reads at run time: its sign is unknown."""
+        return self.lowerer.is_read(value)
+
+    def settle(self, dims: Sequence[Any]) -> list[Any]:
+        """Return ``dims`` fit for a shape: what depends on elements read at run time gets a symbol of its own."""
+        return self.lowerer.settle(dims)
+
+    def nonnegative(self, value: Any) -> bool:
+        """Tell whether ``value`` is at least 0 for every legal size."""
+        return self.lowerer.nonnegative(value)
+
+    def simplify(self, value: Any) -> Any:
+        """Return a simpler equal expression."""
+        return self.lowerer.simplify(value)
+
     def prove_equal(self, a: Any, b: Any) -> bool:
         """Tell whether two dimensions are equal for every legal size."""
         return self.lowerer.prove_equal(a, b)

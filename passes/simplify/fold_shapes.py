@@ -16,6 +16,13 @@ from optc.passes.base import Pass, PassResult
 from optc.passes.rewrite import ANY, Miss, Ops, Outcome, Rewrite, RewritePass, Rule, rule
 from optc.passes.simplify.contents import Contents, Element, dim_expr, same
 
+CONSTANT = "shape arithmetic => constant"
+RESHAPE = "reshape(x, dims) => reshape(x, constant)"
+EXPAND = "expand(x, dims) => x or expand(x, constant)"
+SLICE = "slice(x, 0, dim) => slice(x, constant)"
+RESIZE = "resize(x, sizes = k * dims) => resize(x, scales = k)"
+MERGE = "equal shape arithmetic => the first"
+
 _OPEN_END = np.iinfo(np.int64).max
 
 
@@ -29,7 +36,7 @@ class FoldShapes(Pass):
 
     def rule_names(self) -> tuple[str, ...]:
         """Return the names of the rules."""
-        return tuple(CONSUMERS.values()) + tuple(PRODUCERS.values())
+        return (CONSTANT, RESHAPE, EXPAND, SLICE, RESIZE, MERGE)
 
     def without(self, names: frozenset[str]) -> Pass:
         """Return this pass without the rules called ``names``."""
@@ -39,8 +46,8 @@ class FoldShapes(Pass):
         """Run on a canonical model whose shapes are inferred."""
         rules = _Rules(model)
         # Equal contents are merged among what is left when every consumer that can do without is served.
-        first = RewritePass(self.name, rules.consumers()).call(model)
-        second = RewritePass(self.name, rules.producers()).call(model)
+        first = RewritePass(self.name, rules.consumers()).without(self.disabled).call(model)
+        second = RewritePass(self.name, rules.producers()).without(self.disabled).call(model)
         fired = {**first.fired, **second.fired}
         return PassResult(bool(fired), fired, first.skipped + second.skipped)
 
@@ -53,15 +60,15 @@ class _Rules:
 
     def consumers(self) -> list[Rule]:
         return [
-            rule("shape arithmetic => constant", ANY)(self.constant),
-            rule("reshape(x, dims) => reshape(x, constant)", "Reshape")(self.reshape),
-            rule("expand(x, dims) => x or expand(x, constant)", "Expand")(self.expand),
-            rule("slice(x, 0, dim) => slice(x, constant)", "Slice")(self.slice),
-            rule("resize(x, sizes = k * dims) => resize(x, scales = k)", "Resize")(self.resize),
+            rule(CONSTANT, ANY)(self.constant),
+            rule(RESHAPE, "Reshape")(self.reshape),
+            rule(EXPAND, "Expand")(self.expand),
+            rule(SLICE, "Slice")(self.slice),
+            rule(RESIZE, "Resize")(self.resize),
         ]
 
     def producers(self) -> list[Rule]:
-        return [rule("equal shape arithmetic => the first", ANY)(self.merge)]
+        return [rule(MERGE, ANY)(self.merge)]
 
     def constant(self, node: oir.Node, ops: Ops) -> Outcome:
         """Replace a node whose outputs hold known integers or booleans."""

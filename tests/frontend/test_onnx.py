@@ -213,6 +213,43 @@ def test_weight_of_the_wrong_length(model):
         load(model)
 
 
+def test_weight_of_an_unknown_type(model):
+    model.graph.initializer[0].data_type = 99
+    with pytest.raises(InvalidModelError, match="'w' has the unknown type 99"):
+        load(model)
+
+
+def test_constant_of_the_wrong_length(build):
+    value = onnx.helper.make_tensor("k", onnx.TensorProto.FLOAT, [3], [1, 2, 3])
+    value.float_data.pop()
+    nodes = [node("Constant", [], ["c"], value=value), node("Relu", ["c"], ["y"])]
+    with pytest.raises(InvalidModelError, match="'k' has 2 elements, its shape needs 3"):
+        load(build(nodes, {}, ["y"]))
+
+
+@pytest.mark.parametrize("version", [0, -1, 2**40])
+def test_impossible_opset(model, version):
+    model.opset_import.append(make_opsetid("other", version))
+    with pytest.raises(InvalidModelError, match=f"opset {version} of the domain 'other'"):
+        load(model)
+
+
+def test_names_that_are_no_text(model, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString().replace(b"mm", b"\xffm"))
+    with pytest.raises(InvalidModelError, match="UTF-8"):
+        load(path)
+
+
+def test_sparse_weight_out_of_range(build):
+    values = onnx.numpy_helper.from_array(np.array([5], F32), "w")
+    where = onnx.numpy_helper.from_array(np.array([99], np.int64), "i")
+    model = build([node("MatMul", ["x", "w"], ["y"])], {"x": [2, 4]}, ["y"])
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, where, [4, 3]))
+    with pytest.raises(InvalidModelError, match="sparse tensor 'w'"):
+        load(model)
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_sparse_weight(build, same_results, linear):
     dense = np.zeros((4, 3), F32)

@@ -58,13 +58,10 @@ def test_verify_passes_and_fails_with_exit_code_4(mlp, artifact):
 
 
 def test_bench_against_onnxruntime(mlp, artifact):
-    result = json.loads(
-        run(
-            "bench", artifact, "-m", mlp, "--against", "onnxruntime", "--seconds", "0.1", "--threads", "1", "--json"
-        ).stdout
-    )
+    against = ["-m", mlp, "--against", "onnxruntime", "--seconds", "0.1"]
+    result = json.loads(run("bench", artifact, *against, "--threads", "1", "--json").stdout)
     assert [t["name"].split()[0] for t in result["timings"]] == ["optc", "onnxruntime"]
-    assert "as fast" in run("bench", artifact, "-m", mlp, "--against", "onnxruntime", "--seconds", "0.1").stdout
+    assert "as fast" in run("bench", artifact, *against).stdout
 
 
 def test_optimize_writes_portable_onnx(mlp, tmp_path):

@@ -172,7 +172,7 @@ def test_other_functions_stay(text, build, check, rng):
 
 def test_bounds_that_are_not_constant(build, check, rng):
     model = build("(float[b,5] x, float low) => (float[b,5] y) { m = Max(x, low) y = Min(m, six) }", **constants("six"))
-    check(model, activations_pass(), {"x": values(rng), "low": np.float32(-1)}, fired={}, ops=["Max", "Min"])
+    check(model, activations_pass(), {"x": values(rng), "low": np.array(-1, np.float32)}, fired={}, ops=["Max", "Min"])
 
 
 def test_integers_stay(build, check):

@@ -1,0 +1,337 @@
+"""Operators that move elements without looking at them: shapes, transposition, joining, splitting, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tvm import te, tirx
+
+from optc.backends.lowering import imperative
+from optc.backends.lowering import index_math as im
+from optc.backends.lowering.broadcasting import broadcast_shapes, checked, read_index
+from optc.backends.lowering.emit import as_index, shape_of
+from optc.backends.lowering.site import Site, scalar
+from optc.backends.lowering.table import Table
+
+TABLE = Table()
+
+
+@TABLE.lowers("Reshape")
+def reshape(site: Site) -> Any:
+    """Reshape-25: 0 copies a dimension unless ``allowzero``, -1 stands for what is left."""
+    data, wanted = site.shape(0), site.ints(1)
+    if not site.attr("allowzero", 0):
+        wanted = [
+            data[i] if im.known(d) and d == 0 and i < len(data) else d for i, d in enumerate(wanted)
+        ]
+        if any(map(site.is_read, wanted)):
+            wanted = [
+                im.select(d == 0, data[i], d) if site.is_read(d) and i < len(data) else d
+                for i, d in enumerate(wanted)
+            ]
+    open_axes = [i for i, d in enumerate(wanted) if im.known(d) and d == -1]
+    if open_axes:
+        rest = [d for i, d in enumerate(wanted) if i not in open_axes]
+        wanted[open_axes[0]] = im.quotient(data, rest)
+    elif any(map(site.is_read, wanted)):
+        wanted = _with_open_axis(data, wanted)
+    return site.reshape(site.tensor(0), site.settle(wanted))
+
+
+def _with_open_axis(data: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
+    """Replace a -1 that only the run can see."""
+    rest = im.product([im.select(im.less(d, 0), 1, d) for d in wanted])
+    left = im.floor_div(im.product(data), im.maximum(rest, 1))
+    return [im.select(im.less(d, 0), left, d) for d in wanted]
+
+
+@TABLE.lowers("Flatten")
+def flatten(site: Site) -> Any:
+    """Flatten-25."""
+    shape = site.shape(0)
+    axis = im.axis_of(site.attr("axis", 1), len(shape))
+    return site.reshape(site.tensor(0), [im.product(shape[:axis]), im.product(shape[axis:])])
+
+
+@TABLE.lowers("Squeeze")
+def squeeze(site: Site) -> Any:
+    """Squeeze-25; without axes every dimension that is the number 1 goes, and none may be symbolic."""
+    shape = site.shape(0)
+    if site.has(1):
+        axes = {im.axis_of(a, len(shape)) for a in _fixed(site, 1, "axes")}
+    elif all(im.known(d) for d in shape):
+        axes = {i for i, d in enumerate(shape) if d == 1}
+    else:
+        site.unsupported("without axes, the rank of the result depends on symbolic dimensions")
+    return site.reshape(site.tensor(0), [d for i, d in enumerate(shape) if i not in axes])
+
+
+@TABLE.lowers("Unsqueeze")
+def unsqueeze(site: Site) -> Any:
+    """Unsqueeze-25."""
+    shape, axes = site.shape(0), _fixed(site, 1, "axes")
+    for axis in sorted(im.axis_of(a, len(shape) + len(axes)) for a in axes):
+        shape.insert(axis, 1)
+    return site.reshape(site.tensor(0), shape)
+
+
+@TABLE.lowers("Identity")
+def identity(site: Site) -> Any:
+    """Identity-25."""
+    return site.tensor(0)
+
+
+@TABLE.lowers("Transpose")
+def transpose(site: Site) -> Any:
+    """Transpose-25."""
+    shape = site.shape(0)
+    order = site.attr("perm") or list(range(len(shape)))[::-1]
+    moved = [axis for axis in order if not (im.known(shape[axis]) and shape[axis] == 1)]
+    if moved == sorted(moved):
+        return site.reshape(site.tensor(0), [shape[axis] for axis in order])
+    inverse = [order.index(axis) for axis in range(len(order))]
+    return site.emit(
+        lambda a: te.compute([a.shape[p] for p in order], lambda *i: a(*[i[p] for p in inverse])),
+        site.tensor(0),
+    )
+
+
+@TABLE.lowers("Concat")
+def concat(site: Site) -> Any:
+    """Concat-13: contiguous copies, one loop nest an input."""
+    tensors = [t for t in site.tensors() if 0 not in shape_of(t)] or [site.tensor(0)]
+    rank = site.rank(0)
+    axis = im.axis_of(site.attr("axis"), rank)
+    if len(tensors) == 1:
+        return tensors[0]
+    shapes = [shape_of(t) for t in tensors]
+    total: Any = 0
+    for shape in shapes:
+        total = total + shape[axis]
+    whole = [*shapes[0][:axis], total, *shapes[0][axis + 1 :]]
+    tensors = [
+        site.check_equal(t, [*whole[:axis], s[axis], *whole[axis + 1 :]])
+        if not all(site.prove_equal(a, b) for i, (a, b) in enumerate(zip(s, whole, strict=True)) if i != axis)
+        else t
+        for t, s in zip(tensors, shapes, strict=True)
+    ]
+
+    def body(ins: list[imperative.Cells], outs: list[imperative.Cells]) -> None:
+        offset: Any = 0
+        for source in ins:
+            with imperative.loop(*source.shape) as index:
+                place = [*index]
+                place[axis] = place[axis] + offset
+                outs[0][place] = source[index]
+            offset = offset + source.shape[axis]
+
+    return site.emit(
+        lambda *a: imperative.procedure(a, [(whole, str(a[0].dtype))], body, "concat"), *tensors
+    )
+
+
+@TABLE.lowers("Split")
+def split(site: Site) -> Any:
+    """Split-18: given sizes, or ``num_outputs`` parts of which the last may be smaller."""
+    shape = site.shape(0)
+    axis = im.axis_of(site.attr("axis", 0), len(shape))
+    if site.has(1):
+        sizes = site.settle(site.ints(1))
+    else:
+        count = site.attr("num_outputs", site.output_count)
+        part = im.ceil_div(shape[axis], count)
+        sizes = [im.maximum(im.minimum(part, shape[axis] - part * k), 0) for k in range(count)]
+    results, offset = [], 0
+    for number, size in enumerate(sizes):
+        results.append(
+            _window(site, axis, offset, size) if site.wants(number) else None
+        )
+        offset = offset + size
+    return results
+
+
+def _window(site: Site, axis: int, offset: Any, size: Any) -> Any:
+    def compute(a: Any) -> Any:
+        shape = [*a.shape]
+        shape[axis] = as_index(size)
+        return te.compute(
+            shape, lambda *i: a(*[v + offset if k == axis else v for k, v in enumerate(i)]), "window"
+        )
+
+    return site.emit(compute, site.tensor(0))
+
+
+@TABLE.lowers("Slice")
+def slice_(site: Site) -> Any:
+    """Slice-13: clamped starts and ends, negative steps, sizes known now or at run time."""
+    shape = site.shape(0)
+    starts, ends = site.ints(1), site.ints(2)
+    axes = [im.axis_of(a, len(shape)) for a in _fixed(site, 3, "axes")] if site.has(3) else range(len(starts))
+    steps = site.ints(4) if site.has(4) else [1] * len(starts)
+    first: list[Any] = [0] * len(shape)
+    stride: list[Any] = [1] * len(shape)
+    result = list(shape)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        first[axis], result[axis] = slice_range(site, start, end, step, shape[axis])
+        stride[axis] = step
+    result = site.settle(result)
+    if all(site.prove_equal(a, b) for a, b in zip(result, shape, strict=True)) and all(
+        im.known(s) and s == 1 for s in stride
+    ):
+        return site.tensor(0)
+
+    def compute(a: Any) -> Any:
+        return te.compute(
+            [as_index(d) for d in result],
+            lambda *i: a(*[v * s + f for v, s, f in zip(i, stride, first, strict=True)]),
+            "slice",
+        )
+
+    return site.emit(compute, site.tensor(0))
+
+
+def slice_range(site: Site, start: Any, end: Any, step: Any, size: Any) -> tuple[Any, Any]:
+    """Return the first position and the number of elements of ``start:end:step`` on an axis of ``size``."""
+    up = im.less(0, step)
+    high = im.select(up, size, size - 1)
+    first = _limit(site, start, size, 0, high)
+    last = _limit(site, end, size, im.select(up, 0, -1), high)
+    distance = site.simplify(im.select(up, last - first, first - last))
+    stride = step if im.known(step) and step > 0 else im.maximum(im.select(up, step, 0 - step), 1)
+    count = im.ceil_div(distance, stride)
+    if not site.nonnegative(distance):
+        count = im.maximum(count, 0)
+    # Backwards over an empty axis the clamped start, 0, is not an element.
+    return first, count if up is True else im.minimum(count, size)
+
+
+def _limit(site: Site, position: Any, size: Any, low: Any, high: Any) -> Any:
+    if im.known(position):
+        # What exporters write for "to the end" is a number that no axis reaches.
+        if abs(position) >= 2**31 - 1:
+            return high if position > 0 else low
+        shifted = position + size if position < 0 else position
+    elif site.nonnegative(position):
+        shifted = position
+    else:
+        shifted = im.select(im.less(position, 0), position + size, position)
+    if not site.nonnegative(high - shifted):
+        shifted = im.minimum(shifted, high)
+    return shifted if site.nonnegative(shifted - low) else im.maximum(shifted, low)
+
+
+@TABLE.lowers("Expand")
+def expand(site: Site) -> Any:
+    """Expand-13: two-sided broadcasting with a shape."""
+    data, wanted = site.shape(0), site.ints(1)
+    result = site.settle(broadcast_shapes(site, data, wanted))
+    tensor = checked(site, site.tensor(0), data, result)
+    if len(result) == len(data) and all(site.prove_equal(a, b) for a, b in zip(result, data, strict=True)):
+        return tensor
+
+    def compute(a: Any) -> Any:
+        return te.compute([as_index(d) for d in result], lambda *i: a(*read_index(site, data, result, i)))
+
+    return site.emit(compute, tensor)
+
+
+@TABLE.lowers("Tile")
+def tile(site: Site) -> Any:
+    """Tile-13."""
+    shape, repeats = site.shape(0), site.ints(1)
+    result = site.settle([im.product([d, r]) for d, r in zip(shape, repeats, strict=True)])
+
+    def position(i: Any, size: Any, repeat: Any) -> Any:
+        return i if (im.known(repeat) and repeat == 1) or (im.known(size) and size == 0) else im.floor_mod(i, size)
+
+    def compute(a: Any) -> Any:
+        return te.compute(
+            [as_index(d) for d in result],
+            lambda *i: a(*[as_index(position(*v)) for v in zip(i, shape, repeats, strict=True)]),
+        )
+
+    return site.emit(compute, site.tensor(0))
+
+
+@TABLE.lowers("Pad")
+def pad(site: Site) -> Any:
+    """Pad-25: constant, reflect, edge, wrap. Negative amounts cut off first, the rest pads what remains."""
+    shape = site.shape(0)
+    amounts = site.ints(1)
+    axes = [im.axis_of(a, len(shape)) for a in _fixed(site, 3, "axes")] if site.has(3) else range(len(shape))
+    before: list[Any] = [0] * len(shape)
+    after: list[Any] = [0] * len(shape)
+    for position, axis in enumerate(axes):
+        before[axis], after[axis] = amounts[position], amounts[position + len(amounts) // 2]
+    result = site.settle([d + b + e for d, b, e in zip(shape, before, after, strict=True)])
+    mode = site.attr("mode", "constant")
+    if mode == "constant":
+        return _pad_constant(site, before, after, result)
+    source: Callable[[Any, Any], Any] = {"reflect": _reflect, "edge": _edge, "wrap": im.floor_mod}[mode]
+
+    def read(axis: int, i: Any) -> Any:
+        if _is_zero(before[axis]) and _is_zero(after[axis]):
+            return i
+        cut, fill = im.maximum(0 - before[axis], 0), im.maximum(before[axis], 0)
+        kept = shape[axis] - cut + im.minimum(after[axis], 0)
+        return as_index(cut + source(i - fill, kept))
+
+    if any(im.known(d) and d == 0 for d in shape) and 0 not in result:
+        site.unsupported(f"mode '{mode}' cannot pad an empty axis")
+    return site.emit(
+        lambda a: te.compute(
+            [as_index(d) for d in result], lambda *i: a(*[read(k, v) for k, v in enumerate(i)])
+        ),
+        site.tensor(0),
+    )
+
+
+def _pad_constant(site: Site, before: list[Any], after: list[Any], result: list[Any]) -> Any:
+    shape = site.shape(0)
+    tensors = [site.tensor(0)]
+    value = site.constant(2) if site.has(2) else np.zeros(1, "int64")
+    if value is None:
+        tensors.append(site.reshape(site.tensor(2), [1]))
+
+    def compute(a: Any, *fill: Any) -> Any:
+        outside = fill[0][0] if fill else scalar(value.reshape(-1)[0].item(), str(a.dtype))
+
+        def element(*i: Any) -> Any:
+            inside: list[Any] = []
+            place = []
+            for v, size, b, e in zip(i, shape, before, after, strict=True):
+                if not _is_zero(b):
+                    inside.append(v >= b)
+                if not _is_zero(e):
+                    inside.append(v - b < size)
+                place.append(v - b)
+            if not inside:
+                return a(*place)
+            return tirx.if_then_else(tirx.all(*inside), a(*place), outside)
+
+        return te.compute([as_index(d) for d in result], element)
+
+    return site.emit(compute, *tensors)
+
+
+def _reflect(i: Any, size: Any) -> Any:
+    period = im.maximum(2 * (size - 1), 1)
+    folded = im.floor_mod(i, period)
+    return im.minimum(folded, 2 * (size - 1) - folded)
+
+
+def _edge(i: Any, size: Any) -> Any:
+    return im.clamp(i, 0, size - 1)
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int) and value == 0
+
+
+def _fixed(site: Site, index: int, what: str) -> list[int]:
+    values = site.ints(index)
+    if not im.known(*values):
+        site.unsupported(f"{what} must be known while compiling")
+    return values

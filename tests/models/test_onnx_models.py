@@ -1,0 +1,100 @@
+"""Real ONNX models against onnxruntime: one artifact for all sizes, error relative to the largest magnitude."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+import optc
+from optc import sample, verification
+from optc.driver import specs
+from optc.ir import serialize
+
+pytestmark = pytest.mark.models
+LIMIT = 1e-4
+
+OCR = {
+    "ppocr/det.onnx": [(1, 3, 320, 320), (1, 3, 640, 640), (2, 3, 224, 480)],
+    "ppocr/rec.onnx": [(1, 3, 48, 320), (4, 3, 48, 160), (1, 3, 48, 701)],
+    "ppocr/cls.onnx": [(1, 3, 48, 192), (6, 3, 48, 192), (2, 3, 48, 100)],
+}
+STATIC = ["exported/resnet50.onnx", "exported/mobilenetv2.onnx", "exported/bert_6.onnx", "exported/vit_base.onnx"]
+SILERO = {
+    "silero/silero_vad.onnx": ("input", ["state"], (1, 576), True),
+    "silero/silero_vad_16k_op15.onnx": ("input", ["state"], (1, 576), True),
+    "silero/silero_vad_half.onnx": ("input", ["state"], (1, 576), False),
+    "silero/silero_vad_op18_ifless.onnx": ("input", ["state"], (1, 576), True),
+    "silero/silero_vad_openvino_16k.onnx": ("input", ["state"], (1, 576), False),
+    "silero/silero_vad_16k_sequence.onnx": ("input", ["h", "c"], (1, 576), False),
+}
+
+
+@pytest.mark.parametrize("name", OCR)
+@pytest.mark.xdist_group("ocr")
+def test_one_artifact_serves_all_sizes(compiled, reference, relative_error, name):
+    model = compiled(name)
+    for shape in OCR[name]:
+        x = np.random.default_rng(0).standard_normal(shape, np.float32)
+        expected = reference(name)({"x": x})
+        for output, found in model.run({"x": x}).items():
+            assert relative_error(found, expected[output]) <= LIMIT, shape
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_fixed_models(compiled, reference, relative_error, model_path, name):
+    model = compiled(name)
+    limits = verification.integer_limits(optc.capture(model_path(name)))
+    inputs = sample.random_inputs(model.inputs, seed=1, integer_limits=limits)
+    expected = reference(name)(inputs)
+    for output, found in model.run(inputs).items():
+        assert relative_error(found, expected[output]) <= LIMIT
+
+
+@pytest.mark.parametrize("name", SILERO)
+@pytest.mark.xdist_group("silero")
+def test_a_stateful_model_follows_the_reference_over_100_chunks(compiled, reference, name):
+    """Both sides feed their own state back, so that an error would grow."""
+    try:
+        reference(name)
+    except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
+        pytest.skip(f"not a legal model: {error}")
+    audio, states, shape, has_rate = SILERO[name]
+    model = compiled(name)
+    by_name = {spec.name: spec for spec in model.inputs}
+    ours, theirs = ({s: _zeros(by_name[s]) for s in states} for _ in range(2))
+    generator = np.random.default_rng(0)
+    outputs = [spec.name for spec in model.outputs]
+    worst = 0.0
+    for _ in range(100):
+        chunk = {audio: (generator.standard_normal(shape) * 0.1).astype(np.float32)}
+        if has_rate:
+            chunk["sr"] = np.array(16000, np.int64)
+        found, expected = model.run(chunk | ours), reference(name)(chunk | theirs)
+        ours = dict(zip(states, (found[o] for o in outputs[1:]), strict=True))
+        theirs = dict(zip(states, (expected[o] for o in outputs[1:]), strict=True))
+        for output in outputs:
+            difference = np.abs(found[output] - expected[output]).max()
+            worst = max(worst, float(difference / max(np.abs(expected[output]).max(), 1e-3)))
+    assert worst <= LIMIT
+
+
+def _zeros(spec):
+    return np.zeros([1 if isinstance(d, str) else d for d in spec.shape], np.float32)
+
+
+@pytest.mark.parametrize("name", [*OCR, *STATIC])
+def test_the_optimized_graph_is_portable(model_path, reference, relative_error, name, tmp_path):
+    optimized = optc.optimize(modelmodel_path(name))
+    path = tmp_path / "optimized.onnx"
+    serialize.save(optimized, path)
+    onnx.checker.check_model(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    original = optc.capture(modelmodel_path(name))
+    limits = verification.integer_limits(original)
+    inputs = sample.random_inputs(specs(original.graph.inputs), integer_limits=limits)
+    if name in OCR:
+        inputs = {"x": np.random.default_rng(0).standard_normal(OCR[name][0], np.float32)}
+    expected = reference(name)(inputs)
+    names = [output.name for output in session.get_outputs()]
+    for output, found in zip(names, session.run(None, inputs), strict=True):
+        assert relative_error(found, expected[output]) <= LIMIT
