@@ -99,7 +99,7 @@ def _parse(text: str) -> sympy.Expr:
                 return -build(operand)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return _OPERATORS[type(op)](build(left), build(right))
-            case ast.Call(func=ast.Name(id=function), args=args, keywords=[]):
+            case ast.Call(func=ast.Name(id=function), args=args, keywords=[]) if function in _FUNCTIONS:
                 name = function if function in ("floor", "ceiling", "sqrt") else function.capitalize()
                 return getattr(sympy, name)(*(build(a) for a in args))
         raise IRError(f"dimension {text!r} is not an expression")
@@ -111,48 +111,41 @@ def from_expr(expr: sympy.Expr | int) -> Dim:
     """Return the dimension for an integer-valued expression: an int when it is constant."""
     import sympy
 
-    expr = merge_floors(sympy.sympify(expr))
+    expr = normalize(sympy.sympify(expr))
     if expr.is_Integer:
         return int(expr)
-    return oir.SymbolicDim(to_text(expr))
+    return oir.SymbolicDim(str(expr))
 
 
-def merge_floors(expr: sympy.Expr) -> sympy.Expr:
-    """Rewrite ``floor((floor(x) + n) / m)`` to ``floor((x + n) / m)``, which is equal for integers n and m > 0.
+def normalize(expr: sympy.Expr) -> sympy.Expr:
+    """Rewrite ceilings as floors and floors to one form, so that equal sizes get equal texts.
 
-    Chains of strided convolutions nest one floor per layer; merged, equal sizes also get equal texts.
+    For integer-valued n and x, and integer m > 0: ``ceiling(n/m)`` is ``floor((n + m - 1)/m)``, and
+    ``floor((floor(x) + n)/m)`` is ``floor((x + n)/m)``: chains of strided layers nest one floor per layer otherwise.
     """
     import sympy
 
-    def merge(argument: sympy.Expr) -> sympy.Expr:
-        for term in sympy.Add.make_args(sympy.expand(argument)):
-            factor, inner = term.as_coeff_Mul()
-            rest = sympy.expand(argument) - term
-            if (
-                isinstance(inner, sympy.floor)
-                and factor.is_positive
-                and (1 / factor).is_integer
-                and sympy.expand(rest / factor).is_integer
-            ):
-                return merge(factor * inner.args[0] + rest)
-        return sympy.floor(argument)
-
-    return expr.replace(sympy.floor, merge) if expr.has(sympy.floor) else expr
+    if expr.has(sympy.ceiling):
+        expr = expr.replace(sympy.ceiling, lambda argument: -sympy.floor(-argument))
+    return expr.replace(sympy.floor, _floor) if expr.has(sympy.floor) else expr
 
 
-def to_text(expr: sympy.Expr) -> str:
-    """Return the text of an expression in the language of dimensions; equal expressions give equal texts."""
+def _floor(argument: sympy.Expr) -> sympy.Expr:
+    """Return ``floor(argument)`` with a positive leading term and a constant part in [0, 1), merged with inner floors."""
     import sympy
 
-    if not expr.has(sympy.ceiling):
-        return str(expr)
-    from sympy.printing.str import StrPrinter
-
-    class Printer(StrPrinter):  # type: ignore[misc]
-        def _print_ceiling(self, node: sympy.Expr) -> str:
-            return f"(-floor({self._print(-node.args[0])}))"
-
-    return str(Printer().doprint(expr))
+    argument = sympy.expand(argument)
+    coefficients = argument.as_coefficients_dict()
+    m = sympy.ilcm(1, *(c.q for c in coefficients.values() if c.is_Rational))
+    constant, rest = argument.as_coeff_Add()
+    if rest.could_extract_minus_sign() and sympy.expand(m * argument).is_integer:
+        return -_floor(-argument + sympy.Rational(m - 1, m))
+    for term, factor in coefficients.items():
+        others = sympy.expand((argument - factor * term) / factor)
+        if isinstance(term, sympy.floor) and factor.is_positive and (1 / factor).is_integer and others.is_integer:
+            return _floor(argument + factor * (term.args[0] - term))
+    whole = sympy.floor(constant)
+    return sympy.floor(argument - whole) + whole
 
 
 def evaluate(expr: sympy.Expr | int, dims: Mapping[str, int]) -> int:
@@ -329,7 +322,7 @@ def is_expression(text: str) -> bool:
 
 
 def canonical(dims: Iterable[Dim]) -> list[Dim]:
-    """Bring expressions to one form: a constant is an int, there are no ceilings, floors are merged."""
+    """Bring expressions to one form: a constant is an int, roundings are normal (``normalize``)."""
     return [d if isinstance(d, int) or d.value is None else _canonical(d.value) for d in dims]
 
 

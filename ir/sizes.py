@@ -19,14 +19,14 @@ _STRING_BYTES = 8  # a pointer: where the characters are depends on the runtime
 
 def product(factors: Iterable[int | oir.SymbolicDim]) -> Amount:
     """Return the product of dimensions; None if one is anonymous."""
-    result: Amount = 1
+    result: int | sympy.Expr = 1
     for factor in factors:
-        if isinstance(factor, oir.SymbolicDim):
-            if factor.value is None:
-                return None
-            result = dims.to_expr(factor) * result
-        else:
+        if isinstance(factor, int):
             result = result * factor
+        elif factor.value is None:
+            return None
+        else:
+            result = dims.to_expr(factor) * result
     return result
 
 

@@ -86,7 +86,7 @@ def _amount(amount: Amount, sizes: Mapping[str, int], show: Callable[[int], str]
     names = sorted(str(symbol) for symbol in amount.free_symbols)
     if all(name in sizes for name in names):
         return show(dims.evaluate(amount, sizes))
-    formula = dims.to_text(amount.expand())
+    formula = str(amount.expand())
     return formula if len(formula) <= _LONGEST_FORMULA else f"depends on {', '.join(names)}"
 
 

@@ -84,12 +84,12 @@ def _zeros(spec):
 
 @pytest.mark.parametrize("name", [*OCR, *STATIC])
 def test_the_optimized_graph_is_portable(model_path, reference, relative_error, name, tmp_path):
-    optimized = optc.optimize(modelmodel_path(name))
+    optimized = optc.optimize(model_path(name))
     path = tmp_path / "optimized.onnx"
     serialize.save(optimized, path)
     onnx.checker.check_model(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    original = optc.capture(modelmodel_path(name))
+    original = optc.capture(model_path(name))
     limits = verification.integer_limits(original)
     inputs = sample.random_inputs(specs(original.graph.inputs), integer_limits=limits)
     if name in OCR:
