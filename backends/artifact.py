@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from optc.errors import OptcError, UsageError
 from optc.runtime.container import Entry, crc32, lay_out
 from optc.runtime.format import (
     CODE,
@@ -34,8 +36,6 @@ from optc.runtime.format import (
     canonical_json,
     parse_manifest,
 )
-
-from optc.errors import OptcError, UsageError
 
 if TYPE_CHECKING:
     from optc.runtime import Model

@@ -131,7 +131,7 @@ def normalize(expr: sympy.Expr) -> sympy.Expr:
 
 
 def _floor(argument: sympy.Expr) -> sympy.Expr:
-    """Return ``floor(argument)`` with a positive leading term and a constant part in [0, 1), merged with inner floors."""
+    """Return ``floor(argument)``: leading term positive, constant part in [0, 1), inner floors merged."""
     import sympy
 
     argument = sympy.expand(argument)
@@ -146,6 +146,34 @@ def _floor(argument: sympy.Expr) -> sympy.Expr:
             return _floor(argument + factor * (term.args[0] - term))
     whole = sympy.floor(constant)
     return sympy.floor(argument - whole) + whole
+
+
+def maximum(a: Dim, b: Dim) -> Dim:
+    """Return the larger of two dimensions: one of them where that is provable, else ``Max(a, b)``."""
+    import sympy
+
+    x, y = to_expr(a), to_expr(b)
+    if _at_least(x, y):
+        return a
+    return b if _at_least(y, x) else from_expr(sympy.Max(x, y))
+
+
+def _at_least(x: sympy.Expr, y: sympy.Expr) -> bool:
+    """Tell whether x >= y is provable by bounding rounded quotients, as in 2*floor((n+3)/4) >= floor((n+1)/2)."""
+    import sympy
+
+    bound = difference = sympy.expand(x - y)
+    for term, factor in difference.as_coefficients_dict().items():
+        if isinstance(term, sympy.floor):
+            argument = term.args[0]
+            m = sympy.ilcm(1, *(c.q for c in argument.as_coefficients_dict().values() if c.is_Rational))
+            if not sympy.expand(m * argument).is_integer:
+                return False
+            # For an integer n, floor(n/m) lies between n/m - (m - 1)/m and n/m.
+            slack = sympy.Rational(m - 1, m) if factor.is_positive else 0
+            bound += factor * (argument - slack - term)
+    # Both are integers: more than -1 is at least 0.
+    return bool(sympy.expand(bound + 1).is_positive)
 
 
 def evaluate(expr: sympy.Expr | int, dims: Mapping[str, int]) -> int:

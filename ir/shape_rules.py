@@ -13,7 +13,7 @@ from onnx_shape_inference import ShapeInferenceContext
 
 from optc.errors import InvalidModelError
 from optc.ir import provenance
-from optc.ir.dims import Dim, from_expr, to_expr
+from optc.ir.dims import Dim, maximum
 
 Corrections = dict[int, oir.Shape | None]
 Correction = Callable[[ShapeInferenceContext, oir.Node], Corrections]
@@ -57,9 +57,7 @@ def _broadcast_dim(node: oir.Node, a: Dim, b: Dim) -> Dim:
         return a
     if isinstance(b, int):
         return b
-    import sympy
-
-    return from_expr(sympy.Max(to_expr(a), to_expr(b)))
+    return maximum(a, b)
 
 
 def _elementwise(context: ShapeInferenceContext, node: oir.Node) -> Corrections:

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from optc.runtime.format import Target
-
 from optc.errors import TargetMismatchError
+from optc.runtime.format import Target
 
 _ARCHITECTURES = {"amd64": "x86_64", "x86-64": "x86_64", "arm64": "aarch64"}
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from optc.runtime import ffi
-from optc.runtime.dtypes import name_of, numpy_dtype
 
 from optc.errors import InputError
+from optc.runtime import ffi
+from optc.runtime.dtypes import name_of, numpy_dtype
 
 _NAME = b"dltensor"
 _CPU_ACCESSIBLE = (1, 3, 11, 13)  # kDLCPU, kDLCUDAHost, kDLROCMHost, kDLCUDAManaged

@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from queue import SimpleQueue
 
-from optc.runtime import ffi
-
 from optc.errors import OptcError
+from optc.runtime import ffi
 
 NAIVE_ALLOCATOR = 1
 POOLED_ALLOCATOR = 2

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from optc.errors import InputError
 from optc.runtime.dlpack import from_dlpack
 from optc.runtime.dtypes import numpy_dtype
 from optc.runtime.format import WEIGHT_ALIGNMENT, TensorSpec
-
-from optc.errors import InputError
 
 Array = NDArray[Any]
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+from optc.errors import ArtifactError, HashMismatchError, OptcError, TruncatedArtifactError, UsageError
 from optc.runtime import container, ffi
 from optc.runtime.cpu import check_target, default_threads
 from optc.runtime.dtypes import dlpack_type
@@ -17,8 +19,6 @@ from optc.runtime.executor import NAIVE_ALLOCATOR, POOLED_ALLOCATOR, Code, Execu
 from optc.runtime.format import ACTIVATIONS, CODE, MANIFEST, REPORT, WEIGHTS, Manifest, parse_manifest
 from optc.runtime.inputs import address
 from optc.runtime.model import Model
-
-from optc.errors import ArtifactError, HashMismatchError, OptcError, TruncatedArtifactError, UsageError
 
 Verify = Literal["full", "code"]
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
+
+from optc.errors import InputError, OptcError, UsageError
 from optc.runtime import ffi
 from optc.runtime.dlpack import DLPackTensor
 from optc.runtime.dtypes import dlpack_type
 from optc.runtime.executor import Executor, Machine
 from optc.runtime.format import Manifest, TensorSpec
 from optc.runtime.inputs import address, prepare
-
-from optc.errors import InputError, OptcError, UsageError
 
 _MAX_THREADS = 1024
 

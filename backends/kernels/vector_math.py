@@ -39,14 +39,65 @@ def f32(value: float) -> Expr:
     return tirx.const(value, "float32")
 
 
+_HALF = ("float16", "bfloat16")
+
+
+def convert(x: Expr, dtype: str) -> Expr:
+    """Return ``x`` as ``dtype``: round to nearest even, truncate towards zero, compare with 0 for bool.
+
+    What does not fit an integer type is undefined in ONNX; 8 and 16 bits wrap around, as NumPy's do. bfloat16 is
+    converted on its bits here, because TVM's own legalization neither looks into ``Let`` nor keeps a chain of
+    casts linear in size. Kernels compute on bfloat16 only through this function.
+    """
+    source = dtype_of(x)
+    if source == dtype:
+        return x
+    if source == "bfloat16":
+        return convert(_from_bfloat16(x), dtype)
+    if dtype == "bool":
+        return x != tirx.const(0, source)
+    if dtype in _HALF and source != "float32":
+        return convert(x.astype("float32"), dtype)
+    if dtype == "bfloat16":
+        return _to_bfloat16(x)
+    if source == "float16":
+        return convert(x.astype("float32"), dtype)
+    if source.startswith("float") and not dtype.startswith("float"):
+        return _truncate(x, dtype)
+    return x.astype(dtype)
+
+
+def _truncate(x: Expr, dtype: str) -> Expr:
+    if dtype in ("int8", "uint8", "int16", "uint16"):
+        return x.astype("int32").astype(dtype)
+    if dtype == "uint32":
+        return x.astype("int64").astype(dtype)
+    return x.astype(dtype)
+
+
+def _from_bfloat16(x: Expr) -> Expr:
+    bits = tirx.reinterpret("uint16", x).astype("uint32") << tirx.const(16, "uint32")
+    return tirx.reinterpret("float32", bits)
+
+
+def _to_bfloat16(x: Expr) -> Expr:
+    def rounded(x: Expr, bits: Expr) -> Expr:
+        odd = (bits >> tirx.const(16, "uint32")) & tirx.const(1, "uint32")
+        half_even = (bits + odd + tirx.const(0x7FFF, "uint32")) >> tirx.const(16, "uint32")
+        return tirx.Select(tirx.isnan(x), tirx.const(0x7FC0, "uint32"), half_even).astype("uint16")
+
+    bits = bind(x, lambda x: bind(tirx.reinterpret("uint32", x), lambda bits: rounded(x, bits)))
+    return tirx.reinterpret("bfloat16", bits)
+
+
 def wide(function: Callable[[Expr], Expr]) -> Callable[[Expr], Expr]:
     """Make a float32 or float64 function accept float16 and bfloat16, computing in float32."""
 
     @functools.wraps(function)
     def apply(x: Expr) -> Expr:
         dtype = dtype_of(x)
-        if dtype in ("float16", "bfloat16"):
-            return bind(x.astype("float32"), function).astype(dtype)
+        if dtype in _HALF:
+            return convert(bind(convert(x, "float32"), function), dtype)
         return bind(x, function)
 
     return apply
@@ -54,7 +105,7 @@ def wide(function: Callable[[Expr], Expr]) -> Callable[[Expr], Expr]:
 
 def is_nan(x: Expr) -> Expr:
     """Tell whether a floating-point expression is NaN."""
-    return tirx.isnan(x.astype("float32") if dtype_of(x) in ("float16", "bfloat16") else x)
+    return tirx.isnan(convert(x, "float32") if dtype_of(x) in _HALF else x)
 
 
 def _horner(x: Expr, coefficients: tuple[float, ...]) -> Expr:
@@ -112,8 +163,7 @@ def _expm1_negative(x: Expr) -> Expr:
 def expm1_negative(x: Expr) -> Expr:
     """Return ``e**min(x, 0) - 1`` without cancellation; float32 error below 2 ulp."""
     if dtype_of(x) == "float64":
-        # Not expm1: TVM has none. tanh(y) = expm1(2y) / (expm1(2y) + 2), solved for expm1.
-        return bind(tirx.tanh(tirx.min(tirx.const(0.0, "float64"), x) / 2), lambda t: t * 2 / (1 - t))
+        return libm("expm1", tirx.min(tirx.const(0.0, "float64"), x))
     return _expm1_negative(tirx.min(f32(0.0), x))
 
 
@@ -181,7 +231,7 @@ def sigmoid(x: Expr) -> Expr:
 def tanh(x: Expr) -> Expr:
     """Return the hyperbolic tangent; float32 error below 3 ulp, relative also near zero."""
     if dtype_of(x) == "float64":
-        return tirx.tanh(x)
+        return libm("tanh", x)  # tirx.tanh returns 0 for small arguments
 
     def from_expm1(e: Expr) -> Expr:
         magnitude = f32(0.0) - e / (e + f32(2.0))
@@ -209,4 +259,39 @@ def erf(x: Expr) -> Expr:
     if dtype_of(x) == "float64":
         return tirx.erf(x)
     clamped = tirx.min(f32(_ERF_LIMIT), tirx.max(f32(-_ERF_LIMIT), x))
-    return bind(clamped, lambda x: bind(x * x, lambda t: x * (_horner(t, _ERF_P) / _horner(t, _ERF_Q))))
+    ratio = bind(clamped, lambda x: bind(x * x, lambda t: x * (_horner(t, _ERF_P) / _horner(t, _ERF_Q))))
+    return tirx.min(f32(1.0), tirx.max(f32(-1.0), ratio))
+
+
+@wide
+def atanh(x: Expr) -> Expr:
+    """Return the inverse hyperbolic tangent (``tirx.atanh`` returns 0 for small arguments)."""
+    return libm("atanh", x)
+
+
+def libm(name: str, *arguments: Expr) -> Expr:
+    """Call a function of the C library on float32 or float64: one call per element, not vectorized."""
+    dtype = dtype_of(arguments[0])
+    return tirx.call_pure_extern(dtype, name + ("f" if dtype == "float32" else ""), *arguments)
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    """Return the larger operand, NaN if one is NaN (``tirx.max`` returns its second operand then)."""
+    return _extreme(tirx.max, a, b)
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    """Return the smaller operand, NaN if one is NaN."""
+    return _extreme(tirx.min, a, b)
+
+
+def _extreme(function: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr:
+    if not dtype_of(a).startswith("float") or _is_number(a):
+        return function(a, b)
+    if _is_number(b):
+        return function(b, a)
+    return bind(a, lambda a: tirx.Select(tirx.isnan(a), a, function(a, b)))
+
+
+def _is_number(x: Expr) -> bool:
+    return isinstance(x, tirx.FloatImm) and not math.isnan(x.value)

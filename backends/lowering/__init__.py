@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from optc.backends.lowering import matmul
+from optc.backends.lowering import matmul, tensor
 from optc.backends.lowering.table import merge
 
-TABLE = merge([matmul.TABLE])
+TABLE = merge([matmul.TABLE, tensor.TABLE])
 """The lowering of every supported operator, by (domain, operator)."""

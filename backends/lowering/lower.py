@@ -29,6 +29,9 @@ INLINE_CONSTANT_BYTES = 64
 INTEGER_TRACKING_LIMIT = 1024
 """Integer constants of up to this many elements are tracked as shape values."""
 
+_LOWEST, _LARGEST = -(2**40), 2**40
+"""No size or position of a legal model is outside of these."""
+
 _DTYPES = {
     oir.DataType.FLOAT: "float32",
     oir.DataType.DOUBLE: "float64",
@@ -155,8 +158,8 @@ class Lowerer:
             self.dims[name] = self.symbol(name)
         return self.dims[name]
 
-    def symbol(self, hint: str) -> Any:
-        """Return a fresh symbolic dimension (known to be >= 0)."""
+    def symbol(self, hint: str, *, size: bool = True) -> Any:
+        """Return a fresh symbolic dimension (known to be >= 0), or any integer if not a ``size``."""
         taken = {str(v.name) for v in self.symbols}
         stem = _identifier(hint)
         name, count = stem, 0
@@ -165,6 +168,7 @@ class Lowerer:
             name = f"{stem}_{count}"
         var = tirx.Var(name, "int64")
         self.symbols[var] = None
+        self.analyzer.update(var, tvm.sym.ConstIntBound(0 if size else _LOWEST, _LARGEST))
         return var
 
     def dtype(self, value: oir.Value) -> str:
@@ -241,7 +245,7 @@ class Lowerer:
                 raise Unsupported(f"the length of '{value.name}' must be known while compiling")
             if not shape:
                 tensor = self.reshape(tensor, [1])
-            known = np.array(self.bind_shape(tensor, str(value.name)), dtype=object)
+            known = np.array(self.bind_shape(tensor, str(value.name), size=False), dtype=object)
             self.read.update(known)
             self.integers[value] = known.reshape(shape)
         else:
@@ -250,8 +254,8 @@ class Lowerer:
             ).reshape(array.shape)
         return self.integers[value]
 
-    def bind_shape(self, tensor: Any, hint: str) -> list[Any]:
-        """Read a 1-D integer tensor of known length at run time into fresh symbolic dimensions."""
+    def bind_shape(self, tensor: Any, hint: str, *, size: bool = True) -> list[Any]:
+        """Read a 1-D integer tensor of known length at run time into fresh symbols (``symbol``)."""
         (length,) = emission.shape_of(tensor)
         if not length:
             return []
@@ -262,7 +266,7 @@ class Lowerer:
 
             tensor = emission.emit(self.builder, widen, [tensor], "cast", self.symbols)
         shape = self.builder.emit(relax.op.tensor_to_shape(tensor))
-        symbols = [self.symbol(hint) for _ in range(length)]
+        symbols = [self.symbol(hint, size=size) for _ in range(length)]
         self.builder.match_cast(shape, relax.ShapeType(symbols))
         return symbols
 
@@ -290,7 +294,7 @@ class Lowerer:
         """Tell whether ``value`` is at least 0 for every legal size."""
         if isinstance(value, int):
             return value >= 0
-        return bool(self.analyzer.can_prove_greater_equal(value, 0))
+        return bool(self.analyzer.can_prove(value >= 0))
 
     def simplify(self, value: Any) -> Any:
         """Return a simpler equal expression, an int where it is one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def command(
                 "threads": count,
                 "shapes": {name: list(array.shape) for name, array in arrays.items()},
                 "timings": [t.describe() for t in timings],
-                "kernels": [vars(k) if hasattr(k, "__dict__") else k._asdict() for k in kernels],
+                "kernels": [asdict(k) for k in kernels],
             }
         )
         return

@@ -149,8 +149,8 @@ def _show(console: Any, summary: dict[str, Any], artifact: Any) -> None:
         rules[kernel["schedule"]] = rules.get(kernel["schedule"], 0) + 1
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("artifact", f"{summary['artifact']} ({summary['bytes'] / 1e6:.1f} MB)")
-    table.add_row("inputs", ", ".join(map(str, artifact.inputs)))
-    table.add_row("outputs", ", ".join(map(str, artifact.outputs)))
+    table.add_row("inputs", ", ".join(map(str, artifact.manifest.inputs)))
+    table.add_row("outputs", ", ".join(map(str, artifact.manifest.outputs)))
     table.add_row("kernels", f"{len(kernels)} (" + ", ".join(f"{n} {rule}" for rule, n in sorted(rules.items())) + ")")
     table.add_row("time", seconds)
     verification = report["verification"]

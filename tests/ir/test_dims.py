@@ -105,6 +105,21 @@ def test_nested_floors_merge() -> None:
     assert dims.from_expr(strided) == dims.from_expr(sympy.floor((n - 1) / 8) + 1)
 
 
+@given(expressions(), expressions(), st.integers(1, 100), st.integers(1, 100))
+def test_maximum_is_the_larger_one(first: sympy.Expr, second: sympy.Expr, a: int, b: int) -> None:
+    sizes = {"a": a, "b": b}
+    found = dims.maximum(dims.from_expr(first), dims.from_expr(second))
+    assert dims.evaluate(dims.to_expr(found), sizes) == max(dims.evaluate(first, sizes), dims.evaluate(second, sizes))
+
+
+def test_maximum_proves_what_pyramids_need() -> None:
+    down = [dims.from_expr(sympy.ceiling(symbol("h") / 2**level)) for level in range(1, 6)]
+    up = dims.from_expr(2 * dims.to_expr(down[4]))
+    assert dims.maximum(up, down[3]) is up
+    assert dims.maximum(down[3], up) is up
+    assert "Max" in str(dims.maximum(oir.SymbolicDim("a"), oir.SymbolicDim("b")))
+
+
 def test_evaluate_names_what_is_missing() -> None:
     with pytest.raises(IRError, match="no value for dimension b"):
         dims.evaluate(dims.to_expr("a + b"), {"a": 1})

@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_no_file(mlp, tmp_path):
     model.graph.node.append(onnx.helper.make_node("MatMul", ["y", "w3"], ["z"]))
     model.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, ["batch", 100_000]))
     onnx.save(model, big)
-    done = run("compile", big, "-o", tmp_path / "big.optc", "--no-verify", check=2, preexec_fn=limit)
+    done = run("compile", big, "-o", tmp_path / "big.optc", "--no-verify", check=1, preexec_fn=limit)
     assert "big.optc" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["big.onnx"]
 

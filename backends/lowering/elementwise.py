@@ -1,0 +1,324 @@
+"""Arithmetic, logic, bits, casts and elementary functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from optc.backends.kernels import vector_math as vm
+from optc.backends.kernels.vector_math import bind, convert, dtype_of, libm
+from optc.backends.lowering.pointwise import pointwise
+from optc.backends.lowering.site import Site
+from optc.backends.lowering.table import Table
+from tvm import te, tirx
+
+TABLE = Table()
+
+
+def zero(x: Any) -> Any:
+    """Return 0 of the type of ``x``."""
+    return tirx.const(0, dtype_of(x))
+
+
+def one(x: Any) -> Any:
+    """Return 1 of the type of ``x``."""
+    return tirx.const(1, dtype_of(x))
+
+
+def is_float(x: Any) -> bool:
+    """Tell whether an expression is of a floating-point type."""
+    return "float" in dtype_of(x)
+
+
+def _unsigned(x: Any) -> bool:
+    return dtype_of(x).startswith("uint")
+
+
+@TABLE.lowers("Add")
+def add(site: Site) -> Any:
+    """Add-14."""
+    return pointwise(site, lambda a, b: a + b)
+
+
+@TABLE.lowers("Sub")
+def sub(site: Site) -> Any:
+    """Sub-14."""
+    return pointwise(site, subtract)
+
+
+def subtract(a: Any, b: Any) -> Any:
+    """Return ``a - b``; bound operands keep TVM from folding ``x - x`` and ``(x + y) - x`` of floats."""
+    return bind(a, lambda a: bind(b, lambda b: a - b))
+
+
+@TABLE.lowers("Mul")
+def mul(site: Site) -> Any:
+    """Mul-14."""
+    return pointwise(site, lambda a, b: a * b, inline_zero=False)
+
+
+@TABLE.lowers("Div")
+def div(site: Site) -> Any:
+    """Div-14: integers truncate; dividing an integer by zero gives 0."""
+    return pointwise(site, divide, inline_zero=False)
+
+
+def divide(a: Any, b: Any) -> Any:
+    """Return the quotient of two elements without a trap of the processor."""
+    if is_float(a):
+        return a / b
+    return bind(a, lambda a: bind(b, lambda b: _guarded(tirx.truncdiv, a, b, zero(a) - a)))
+
+
+def _guarded(function: Callable[[Any, Any], Any], a: Any, b: Any, by_minus_one: Any) -> Any:
+    """Return ``function(a, b)`` where processors trap: 0 for ``b = 0``, ``by_minus_one`` for ``b = -1``."""
+    if isinstance(b, tirx.IntImm) and int(b) not in (0, -1):
+        return function(a, b)
+    traps = b == zero(b) if _unsigned(b) else (b == zero(b)) | (b == tirx.const(-1, dtype_of(b)))
+    result = function(a, tirx.Select(traps, one(b), b))
+    if not _unsigned(b):
+        result = tirx.Select(b == tirx.const(-1, dtype_of(b)), by_minus_one, result)
+    return tirx.Select(b == zero(b), zero(a), result)
+
+
+@TABLE.lowers("Mod")
+def mod(site: Site) -> Any:
+    """Mod-13: the sign of the divisor (``fmod=0``) or of the dividend (``fmod=1``)."""
+    like_c = bool(site.attr("fmod", 0))
+
+    def remainder(a: Any, b: Any) -> Any:
+        if is_float(a):
+            rest = libm("fmod", a, b)
+        else:
+            rest = _guarded(tirx.truncmod, a, b, zero(a))
+        if like_c or _unsigned(a):
+            return rest
+        return bind(rest, lambda r: tirx.Select((r != zero(r)) & ((r < zero(r)) != (b < zero(b))), r + b, r))
+
+    return pointwise(
+        site, lambda a, b: bind(a, lambda a: bind(b, lambda b: remainder(a, b))), inline_zero=False
+    )
+
+
+@TABLE.lowers("Pow")
+def power(site: Site) -> Any:
+    """Pow-15: the result has the type of the base; the exponent may have any other."""
+    return pointwise(site, lambda a, b: bind(a, lambda a: _power(a, b)))
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if not is_float(base) and not is_float(exponent):
+        return _integer_power(base, exponent)
+    if is_float(base) and isinstance(exponent, tirx.FloatImm | tirx.IntImm):
+        simple = _SIMPLE_POWERS.get(float(exponent.value))
+        if simple is not None:
+            return simple(base)
+    double = not is_float(base) or dtype_of(exponent) == "float64"
+    dtype = "float64" if double else dtype_of(base)
+    return convert(tirx.pow(convert(base, dtype), convert(exponent, dtype)), dtype_of(base))
+
+
+_SIMPLE_POWERS: dict[float, Callable[[Any], Any]] = {
+    1.0: lambda x: x,
+    2.0: lambda x: x * x,
+    3.0: lambda x: x * x * x,
+    -1.0: lambda x: one(x) / x,
+    # The power of minus infinity is plus infinity, its root is not a number.
+    0.5: lambda x: tirx.Select(x == tirx.const(-np.inf, dtype_of(x)), zero(x) - x, tirx.sqrt(x)),
+}
+
+
+def _integer_power(base: Any, exponent: Any) -> Any:
+    # Square and multiply. Beyond 63 only powers of 0, 1 and -1 fit, which depend on parity alone.
+    def multiply(b: Any, e: Any) -> Any:
+        parity = e & tirx.const(1, "int64")
+        bounded = tirx.Select(e > tirx.const(63, "int64"), parity + tirx.const(62, "int64"), e)
+        positive = bind(bounded, lambda e: step(0, tirx.const(1, "int64"), b, e))
+        odd_sign = tirx.Select(parity == one(b), b, one(b))
+        unit = (b == one(b)) | (b == tirx.const(-1, "int64"))
+        return tirx.Select(e < zero(e), tirx.Select(unit, odd_sign, zero(b)), positive)
+
+    def step(bit: int, result: Any, square: Any, e: Any) -> Any:
+        if bit == 6:
+            return result
+        chosen = (e >> tirx.const(bit, "int64")) & tirx.const(1, "int64")
+        next_result = tirx.Select(chosen == one(e), result * square, result)
+        return bind(next_result, lambda r: bind(square * square, lambda s: step(bit + 1, r, s, e)))
+
+    wide = convert(base, "int64")
+    result = bind(wide, lambda b: bind(convert(exponent, "int64"), lambda e: multiply(b, e)))
+    return convert(result, dtype_of(base))
+
+
+@TABLE.lowers("Neg")
+def neg(site: Site) -> Any:
+    """Neg-13."""
+    return pointwise(site, lambda x: x * tirx.const(-1, dtype_of(x)))
+
+
+@TABLE.lowers("Abs")
+def absolute(site: Site) -> Any:
+    """Abs-13."""
+    return pointwise(site, lambda x: x if _unsigned(x) else tirx.abs(x))
+
+
+@TABLE.lowers("Sign")
+def sign(site: Site) -> Any:
+    """Sign-13."""
+
+    def element(x: Any) -> Any:
+        positive = tirx.Select(x > zero(x), one(x), x)
+        return positive if _unsigned(x) else tirx.Select(x < zero(x), zero(x) - one(x), positive)
+
+    return pointwise(site, lambda x: bind(x, element))
+
+
+@TABLE.lowers("Reciprocal")
+def reciprocal(site: Site) -> Any:
+    """Reciprocal-13."""
+    return pointwise(site, lambda x: one(x) / x)
+
+
+_FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    "Ceil": tirx.ceil,
+    "Floor": tirx.floor,
+    "Round": tirx.nearbyint,  # half to even
+    "Sqrt": tirx.sqrt,
+    "Exp": vm.exp,
+    "Log": vm.log,
+    "Erf": vm.erf,
+    "Sin": tirx.sin,
+    "Cos": tirx.cos,
+    "Tan": tirx.tan,
+    "Asin": tirx.asin,
+    "Acos": tirx.acos,
+    "Atan": tirx.atan,
+    "Sinh": tirx.sinh,
+    "Cosh": tirx.cosh,
+    "Asinh": tirx.asinh,
+    "Acosh": tirx.acosh,
+    "Atanh": vm.atanh,
+}
+
+
+@TABLE.lowers(*_FUNCTIONS)
+def function(site: Site) -> Any:
+    """Elementary functions of one argument."""
+    if "float" not in site.dtype(0):
+        site.unsupported(f"{site.op} of {site.dtype(0)} is not supported")
+    return pointwise(site, _FUNCTIONS[site.op])
+
+
+@TABLE.lowers("Max", "Min", "Sum")
+def fold(site: Site) -> Any:
+    """Max-13, Min-13 (NaN if an element is NaN) and Sum-13 of one or more inputs."""
+    combine = {"Max": vm.maximum, "Min": vm.minimum, "Sum": lambda a, b: a + b}[site.op]
+    return pointwise(site, lambda *values: functools.reduce(combine, values))
+
+
+@TABLE.lowers("Mean")
+def mean(site: Site) -> Any:
+    """Mean-13."""
+
+    def average(*values: Any) -> Any:
+        return functools.reduce(lambda a, b: a + b, values) / tirx.const(len(values), dtype_of(values[0]))
+
+    return pointwise(site, average)
+
+
+@TABLE.lowers("Clip")
+def clip(site: Site) -> Any:
+    """Clip-13; where the lower bound exceeds the upper, the upper wins."""
+    given = [i for i in (1, 2) if site.has(i)]
+
+    def limit(x: Any, *bounds: Any) -> Any:
+        for i, bound in zip(given, bounds, strict=True):
+            x = vm.maximum(x, bound) if i == 1 else vm.minimum(x, bound)
+        return x
+
+    return pointwise(site, limit, inputs=[0, *given])
+
+
+@TABLE.lowers("And", "Or", "Xor")
+def logical(site: Site) -> Any:
+    """And-7, Or-7, Xor-7."""
+    combine: dict[str, Callable[[Any, Any], Any]] = {
+        "And": tirx.And,
+        "Or": tirx.Or,
+        "Xor": lambda a, b: tirx.Select(a, tirx.Not(b), b),
+    }
+    return pointwise(site, combine[site.op])
+
+
+@TABLE.lowers("Not")
+def negation(site: Site) -> Any:
+    """Not-1."""
+    return pointwise(site, tirx.Not)
+
+
+@TABLE.lowers("BitwiseAnd", "BitwiseOr", "BitwiseXor")
+def bitwise(site: Site) -> Any:
+    """BitwiseAnd-18, BitwiseOr-18, BitwiseXor-18."""
+    combine: dict[str, Callable[[Any, Any], Any]] = {
+        "BitwiseAnd": lambda a, b: a & b,
+        "BitwiseOr": lambda a, b: a | b,
+        "BitwiseXor": lambda a, b: a ^ b,
+    }
+    return pointwise(site, combine[site.op])
+
+
+@TABLE.lowers("BitwiseNot")
+def bitwise_not(site: Site) -> Any:
+    """BitwiseNot-18."""
+    return pointwise(site, lambda x: ~x)
+
+
+@TABLE.lowers("BitShift")
+def bit_shift(site: Site) -> Any:
+    """BitShift-11: shifting by the width or more gives 0."""
+    left = site.attr("direction") == "LEFT"
+
+    def shift(x: Any, amount: Any) -> Any:
+        bits = int("".join(c for c in dtype_of(x) if c.isdigit()))
+        limit = tirx.const(bits - 1, dtype_of(x))
+        bounded = tirx.min(amount, limit)
+        return tirx.Select(amount > limit, zero(x), x << bounded if left else x >> bounded)
+
+    return pointwise(site, lambda x, amount: bind(amount, lambda amount: shift(x, amount)))
+
+
+@TABLE.lowers("Where")
+def where(site: Site) -> Any:
+    """Where-16."""
+    return pointwise(site, tirx.Select)
+
+
+@TABLE.lowers("Cast", "CastLike")
+def cast(site: Site) -> Any:
+    """Cast-25, CastLike-25."""
+    if site.dtype(0) == site.output_dtype():
+        return site.tensor(0)
+    return pointwise(site, lambda x: x, inputs=[0])
+
+
+@TABLE.lowers("Identity")
+def identity(site: Site) -> Any:
+    """Identity-25."""
+    return site.tensor(0)
+
+
+@TABLE.lowers("Dropout")
+def dropout(site: Site) -> Any:
+    """Dropout-22 for inference: the identity, and a mask of ones."""
+    training = site.constant(2)
+    ratio = site.constant(1)
+    keeps_all = site.has(1) and ratio is not None and float(ratio.reshape(-1)[0]) == 0.0
+    if site.has(2) and not keeps_all and (training is None or bool(training.reshape(-1)[0])):
+        site.unsupported("Dropout is random while training")
+    if not site.wants(1):
+        return site.tensor(0)
+    shape = site.shape(0)
+    return [site.tensor(0), site.emit(lambda: te.compute(shape, lambda *_: tirx.const(True, "bool"), "mask"))]
