@@ -58,7 +58,6 @@ def _name_outputs(function: oir.Function) -> None:
 
 def _identity(graph: oir.Graph, value: oir.Value) -> oir.Value:
     node = oir.node("Identity", [value])
-    provenance.stamp(node, value.name or "")
     node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
     graph.append(node)
     return node.outputs[0]
@@ -82,6 +81,7 @@ def own_outputs(model: oir.Model) -> None:
             producer = output.producer()
             if output in seen or producer is None or producer.graph is not graph or _is_constant(producer):
                 copy = graph.outputs[index] = _identity(graph, output)
+                provenance.stamp(graph[-1], output.name or "")
                 if output in seen or output.is_graph_input():
                     copy.name = f"{output.name}_output"
                 else:

@@ -42,7 +42,7 @@ def resize_10(edit: Edit) -> None:
     if mode_name != "nearest" or (known is not None and bool((known >= 1).all())):
         edit.set("nearest_mode", "floor")
     elif known is not None and bool((known <= 1).all()):
-        edit.set("nearest_mode", "floor")
+        edit.set("nearest_mode", "ceil")
     else:
         one = edit.constant(np.asarray(1, np.float32), "one")
         data = edit.op(
@@ -55,7 +55,7 @@ def resize_10(edit: Edit) -> None:
             nearest_mode="floor",
         )
         scales = edit.op("Min", scales, one)
-        edit.set("nearest_mode", "floor")
+        edit.set("nearest_mode", "ceil")
     edit.set_inputs(data, None, scales)
 
 

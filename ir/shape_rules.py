@@ -61,9 +61,14 @@ def _broadcast_dim(node: oir.Node, a: Dim, b: Dim) -> Dim:
 
 
 def _elementwise(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
-    """The library takes the first of two different symbolic dimensions, which is wrong where that one is 1."""
+    """The library takes the first of two different symbolic dimensions, which is wrong where that one is 1.
+
+    Sizes that do not fit are an error here; the library leaves the shape unknown.
+    """
     shapes = [v.shape for v in node.inputs if v is not None and v.shape is not None]
-    if len(shapes) != len(node.inputs) or not _symbols_differ(shapes):
+    if len(shapes) != len(node.inputs):
+        return {}
+    if node.outputs[0].shape is not None and not _symbols_differ(shapes):
         return {}
     return {0: oir.Shape(broadcast(node, shapes))}
 

@@ -135,7 +135,7 @@ class DumpAfter:
                 0,
                 len(data),
                 tensor.dtype,
-                shape=oir.Shape(tensor.shape),
+                shape=oir.Shape(tensor.shape.numpy()),
                 name=tensor.name or "",
                 base_dir=self.directory,
             )

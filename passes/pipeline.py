@@ -22,6 +22,7 @@ from optc.passes.simplify import (
     fold_constants,
     fold_shapes,
     identities,
+    reassociate,
     reshapes,
     transposes,
 )
@@ -62,8 +63,9 @@ def phases() -> list[Phase]:
         Phase("simplify", simplify, rounds=8),
         # Exporters' spellings of operators are recognised when constants and no-ops are out of the way.
         Phase("fuse", tuple(fuse.passes())),
-        # Folding into weights leaves constant expressions, and fusion leaves unused nodes.
-        Phase("clean", simplify, rounds=8),
+        # Folding into weights leaves constant expressions, and fusion leaves unused nodes. Constants of chains are
+        # combined only now: Mul(Div(x, 6), scale) is no HardSwish any more when it is one multiplication.
+        Phase("clean", (reassociate.PASS, *simplify), rounds=8),
     ]
 
 

@@ -167,20 +167,20 @@ class Generator:
         self.row_tiles = loops.ceildiv(self.r, self.mr)
 
     def _tile(self) -> tuple[int, int]:
-        """Choose the register tile: least work in partial tiles, wider tiles preferred."""
+        """Choose the register tile: least work in partial row tiles, taller tiles preferred."""
         rows, columns = loops.static(self.r), loops.static(self.n)
+        few = columns is not None and columns <= COLUMN_BLOCK // 2
         if self.c.padded == "columns":
             candidates = [(m, COLUMN_BLOCK) for m in (6, 5, 4, 3, 2, 1)]
         elif self.c.padded == "rows":
-            candidates = [(ROW_BLOCK, 16), (2 * ROW_BLOCK, 8)]
+            candidates = [(2 * ROW_BLOCK, 8) if few else (ROW_BLOCK, COLUMN_BLOCK)]
         else:
-            candidates = [(6, 16), (12, 8), (5, 16), (4, 16), (3, 16), (2, 16), (1, 16)]
+            candidates = [(m, 8 if few else COLUMN_BLOCK) for m in (6, 5, 4, 3, 2, 1)]
 
         def cost(tile: tuple[int, int]) -> float:
-            m, n = tile
+            m = tile[0]
             work = 1.0 if rows is None else -(-rows // m) * m / max(rows, 1)
-            work *= 1.0 if columns is None else -(-columns // n) * n / max(columns, 1)
-            return work * (1 + 0.3 / m + 0.1 * (n == 8))
+            return work * (1 + 0.3 / m)
 
         if rows is not None and rows < ROW_BLOCK and self.c.padded == "rows":
             return max(rows, 1), COLUMN_BLOCK

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import tvm_ffi
 from tvm import tirx
 
 from optc.backends.lowering.emit import as_index, plain
@@ -85,7 +86,7 @@ def quotient(dims: Sequence[Any], divisors: Sequence[Any]) -> Any:
     for divisor in divisors:
         if known(divisor):
             continue
-        match = next((i for i, d in enumerate(above) if tirx.analysis.expr_deep_equal(d, divisor)), None)
+        match = next((i for i, d in enumerate(above) if tvm_ffi.structural_equal(d, divisor)), None)
         if match is None:
             below.append(divisor)
         else:

@@ -81,6 +81,7 @@ class Lowerer:
         self.dims: dict[str, Any] = {}
         self.refused: list[str] = []
         self.poisoned: set[oir.Value] = set()
+        self.read: set[Any] = set()
         self.analyzer = tvm.sym.Analyzer()
 
     def run(self) -> Lowered:

@@ -77,12 +77,6 @@ def unsqueeze(site: Site) -> Any:
     return site.reshape(site.tensor(0), shape)
 
 
-@TABLE.lowers("Identity")
-def identity(site: Site) -> Any:
-    """Identity-25."""
-    return site.tensor(0)
-
-
 @TABLE.lowers("Transpose")
 def transpose(site: Site) -> Any:
     """Transpose-25."""

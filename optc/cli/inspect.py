@@ -39,13 +39,13 @@ def command(model: str, input_shapes: tuple[str, ...], dims: tuple[str, ...], te
 
 
 def _artifact(path: Path, as_json: bool) -> None:
-    from optc.runtime import load
+    import json
 
-    loaded = load(path)
-    manifest, report = loaded.manifest, loaded.report
+    from optc.runtime import read_manifest
+
+    manifest, text = read_manifest(path)
+    report = json.loads(text)
     if as_json:
-        import json
-
         print_json({"manifest": json.loads(manifest.to_json()), "report": report})
         return
     _show(path, manifest, report)

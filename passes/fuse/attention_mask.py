@@ -71,6 +71,9 @@ def combine(masks: Sequence[Mask], dims: Sequence[object], dtype: oir.DataType, 
     else:
         converted = [_converted(ops, value, dtype) for value in booleans]
         total = _fold(ops, "Add", [*additive, *converted])
+    # The operator does not broadcast the last dimension: it pads a shorter mask with minus infinity.
+    if total is not None and not (total.shape and same_dim(total.shape[-1], dims[-1])):
+        return Miss(f"the mask of shape {total.shape} does not state every key")
     return MaskInput(total, causal)
 
 

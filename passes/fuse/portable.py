@@ -1,7 +1,7 @@
 """Rewrites standard operators into what onnxruntime executes: for models that leave optc, not for its own backends.
 
-onnxruntime 1.31 has no kernel for Swish-24 outside opset 24, and its Attention wants masks whose last two dimensions
-are those of the scores, where the standard lets them broadcast.
+onnxruntime 1.31 has no kernel for Swish-24 outside opset 24, and its Attention wants a mask with one row for every
+query, where the standard lets one row serve all.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as oir
 
-from optc.passes.fuse.pattern import number, same_dim
+from optc.passes.fuse.pattern import number
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule
 
 
@@ -27,19 +27,18 @@ def swish_expanded(node: oir.Node, ops: Ops) -> Outcome:
 
 @rule("Attention(q,k,v,m) => Attention(q,k,v,Expand(m))", "Attention")
 def attention_mask_expanded(node: oir.Node, ops: Ops) -> Outcome:
-    """Expand the query and key dimensions of a mask that has size 1 there."""
+    """Expand a mask that has one row for all queries."""
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     q, k = node.inputs[0], node.inputs[1]
     if mask is None or q is None or k is None or len([v for v in node.inputs[4:] if v is not None]):
         return None
     if q.shape is None or k.shape is None or mask.shape is None or len(q.shape) != 4 or len(mask.shape) < 2:
         return Miss("the shapes of queries, keys or mask are not known")
-    wanted = (q.shape[2], k.shape[2])
-    if all(map(same_dim, mask.shape[-2:], wanted)):
+    if mask.shape[-2] != 1 or q.shape[2] == 1:
         return None
-    parts = [_size(ops, q, 2), _size(ops, k, 2)]
+    parts = [_size(ops, q, 2), ops.constant(np.array([1], np.int64), "size")]
     target = ops("Concat", *parts, axis=0, shape=oir.Shape([2]), dtype=oir.DataType.INT64)
-    shape = oir.Shape([*mask.shape[:-2], *wanted])
+    shape = oir.Shape([*mask.shape[:-2], q.shape[2], mask.shape[-1]])
     full = ops("Expand", mask, target, shape=shape, dtype=mask.dtype)
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     return Rewrite([ops("Attention", q, k, node.inputs[2], full, **attributes)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import onnx_ir as oir
 
@@ -9,9 +11,7 @@ from optc.passes.match import producer
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule
 
 # float8 and narrower types saturate or overflow by attribute: chains of them stay as they are.
-_FLOATS = frozenset(
-    {oir.DataType.FLOAT16, oir.DataType.BFLOAT16, oir.DataType.FLOAT, oir.DataType.DOUBLE}
-)
+_FLOATS = frozenset({oir.DataType.FLOAT16, oir.DataType.BFLOAT16, oir.DataType.FLOAT, oir.DataType.DOUBLE})
 
 
 def is_lossless(source: oir.DataType, target: oir.DataType) -> bool:
@@ -26,14 +26,18 @@ def is_lossless(source: oir.DataType, target: oir.DataType) -> bool:
     if source in _FLOATS:
         if target not in _FLOATS:
             return False
-        a, b = ml_dtypes.finfo(source.numpy()), ml_dtypes.finfo(target.numpy())
+        a, b = _finfo(source), _finfo(target)
         return bool(a.nmant <= b.nmant and a.maxexp <= b.maxexp and a.minexp >= b.minexp)
     low, high = _range(source)
     if target in _FLOATS:
         # 0xFFFF fits in 16 bits of significand, but float16 ends at 65504.
-        finfo = ml_dtypes.finfo(target.numpy())
+        finfo = _finfo(target)
         return max(-low, high + 1) <= 2 ** (int(finfo.nmant) + 1) and high <= float(finfo.max)
     return _range(target)[0] <= low and high <= _range(target)[1]
+
+
+def _finfo(dtype: oir.DataType) -> Any:
+    return ml_dtypes.finfo(dtype.numpy())  # type: ignore[no-untyped-call]
 
 
 def _range(dtype: oir.DataType) -> tuple[int, int]:
@@ -79,4 +83,3 @@ def chain(node: oir.Node, ops: Ops) -> Outcome:
 
 
 PASS = RewritePass("casts", [to_own_type, like, chain])
-

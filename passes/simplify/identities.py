@@ -14,7 +14,6 @@ from optc.passes.match import (
     input_or_none,
     int_attribute,
     integers,
-    is_float,
     producer,
     same_dim,
     same_shape,
@@ -54,10 +53,8 @@ def dropout(node: oir.Node, ops: Ops) -> Outcome:
         flag = constant(training)
         if flag is None or bool(flag.reshape(())):
             return Miss("training mode is on, or decided at run time")
-    if len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output()):
-        return Miss("the mask is used")
     if len(node.outputs) > 1:
-        return Rewrite([ops("Identity", node.inputs[0]), ops("Cast", node.inputs[0], to=int(oir.DataType.BOOL))])
+        return Miss("the mask is used")  # an unused one is removed with dead code
     return _pass_through(node)
 
 
@@ -192,7 +189,12 @@ def involution(node: oir.Node, ops: Ops) -> Outcome:
 def unit_pool(node: oir.Node, ops: Ops) -> Outcome:
     """Drop a pooling that looks at one element and keeps the shape."""
     kernel = node.attributes["kernel_shape"].as_ints()
-    if set(kernel) != {1} or len(node.outputs) > 1 or not is_float(node.inputs[0]):
+    if set(kernel) != {1} or len(node.outputs) > 1:
+        return None
+    padding = node.attributes.get("pads"), node.attributes.get("auto_pad")
+    if (padding[0] is not None and any(padding[0].as_ints())) or (
+        padding[1] is not None and padding[1].as_string() not in ("NOTSET", "VALID")
+    ):
         return None
     return _pass_through(node) if same_shape(node.inputs[0], node.outputs[0]) else None
 

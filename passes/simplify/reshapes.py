@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as oir
 
-from optc.passes.match import integers, int_attribute, producer, same_shape
+from optc.passes.match import int_attribute, integers, producer, same_shape
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule
 from optc.passes.simplify.shape_vector import shape_vector
 

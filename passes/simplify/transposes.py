@@ -12,8 +12,8 @@ from optc.passes.simplify.shape_vector import shape_vector
 
 _UNARY = (
     "Abs", "Cast", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
-    "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin",
-    "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
+    "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign",
+    "Sin", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
 )  # fmt: skip
 _BINARY = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub")
 _MAX_CHAIN = 16
@@ -81,7 +81,7 @@ def around_elementwise(node: oir.Node, ops: Ops) -> Outcome:
     else:
         return None
     inner = permutation(found)
-    if inner is None or not path:
+    if inner is None or outer is None or len(inner) != len(outer) or not path:
         return None
     x = _transposed(ops, found.inputs[0], [inner[axis] for axis in outer])
     for each in reversed(path):
@@ -149,7 +149,4 @@ def into_gemm(node: oir.Node, ops: Ops) -> Outcome:
     return None
 
 
-PASS = RewritePass(
-    "transposes", [no_op, chain, without_moving, around_elementwise, same_operands, into_gemm]
-)
-
+PASS = RewritePass("transposes", [no_op, chain, without_moving, around_elementwise, same_operands, into_gemm])

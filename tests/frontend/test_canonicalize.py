@@ -78,6 +78,7 @@ def test_function_that_returns_its_parameter(build, same_results):
     nodes = [node("swap", ["x", "z"], ["p", "q", "r"], domain="f"), node("Relu", ["p"], ["s"])]
     model = build(nodes, {"x": [2, 3], "z": [1]}, ["p", "q", "r", "s"], imports=IMPORTS, functions=[swap])
     canonical = load(model)
+    assert {s for n in canonical.graph if n.op_type == "Identity" for s in provenance.sources(n)} == {"swap#0"}
     assert [v.name for v in canonical.graph.inputs] == ["x", "z"]
     assert [v.name for v in canonical.graph.outputs] == ["p", "q", "r", "s"]
 

@@ -39,7 +39,7 @@ def test_conv_transpose_with_groups(some, build, check):
 @pytest.mark.parametrize(
     ("text", "outputs", "reason"),
     [
-        ("c = Conv(x, w) y = Add(c, row)", ["y"], "not per channel"),
+        ("c = Conv(x, w) y = Add(c, row)", ["y"], "not one per channel"),
         ("c = Conv(x, w) y = Add(c, t)", ["y", "c"], "graph output"),
         ("c = Conv(x, w) y = Add(c, t) z = Neg(c)", ["y", "z"], "also used by Neg"),
     ],

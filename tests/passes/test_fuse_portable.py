@@ -23,7 +23,7 @@ def test_swish(alpha, ops, build, run, op_types, rng):
     np.testing.assert_allclose(run(model, feeds)[0], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mask", ["float[b,1,1,s]", "float[1,s]", "bool[b,1,1,s]", "float[b,1,t,1]"])
+@pytest.mark.parametrize("mask", ["float[b,1,1,s]", "float[1,s]", "bool[b,1,1,s]", "bool[1,s]"])
 def test_attention_mask(mask, build, run, rng):
     text = f"(float[b,2,t,4] q, float[b,2,s,4] k, float[b,2,s,4] v, {mask} m) => (float[b,2,t,4] y) "
     model = build(text + "{ y = Attention(q, k, v, m) }")
