@@ -120,12 +120,30 @@ def _from_shape_vector(context: ShapeInferenceContext, node: oir.Node) -> Correc
 
 
 def _reduction(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
-    """Where the axes are data, ``keepdims`` still tells the rank."""
+    """Where the axes are data, their number and ``keepdims`` still tell the rank."""
     data = node.inputs[0]
-    keep = node.attributes.get("keepdims")
+    if node.outputs[0].shape is not None or data is None or data.shape is None or len(node.inputs) < 2:
+        return {}
+    if node.attributes.get_int("keepdims", 1):
+        return {0: _fresh(context, len(data.shape))}
+    length = _length(node.inputs[1])
+    return {0: _fresh(context, len(data.shape) - length)} if length else {}
+
+
+def _unsqueeze(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """Where the axes are data, their number still tells the rank."""
+    data, length = node.inputs[0], _length(node.inputs[1]) if len(node.inputs) > 1 else None
+    if node.outputs[0].shape is not None or data is None or data.shape is None or length is None:
+        return {}
+    return {0: _fresh(context, len(data.shape) + length)}
+
+
+def _tile(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """Where the repeats are data, the rank is that of the input."""
+    data = node.inputs[0]
     if node.outputs[0].shape is not None or data is None or data.shape is None:
         return {}
-    return {0: _fresh(context, len(data.shape))} if keep is None or keep.as_int() else {}
+    return {0: _fresh(context, len(data.shape))}
 
 
 def _squeeze(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
@@ -227,5 +245,7 @@ _CORRECTIONS: dict[str, Correction] = {
     "Expand": _expand,
     "Split": _split,
     "Squeeze": _squeeze,
+    "Tile": _tile,
     "Unique": _unique,
+    "Unsqueeze": _unsqueeze,
 }

@@ -67,7 +67,10 @@ class _Verifier:
         seen: set[oir.Value] = set()
         for value in graph.outputs:
             producer = value.producer()
-            own = producer.graph is graph if producer is not None else value.graph is graph
+            if producer is not None:
+                own = producer.graph is graph
+            else:
+                own = value.graph is graph and (value.is_graph_input() or value.is_initializer())
             if not own:
                 yield f"graph output {value.name!r} is not a value of its graph"
             if value in seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -155,8 +156,22 @@ class _Runner:
 
         Rewrites keep shapes up to date, so a model whose shapes are all told by its inputs needs no inference.
         """
-        if shapes_are_open(self.model):
-            shapes.infer(self.model)
+        if not shapes_are_open(self.model):
+            return
+        outputs = self.model.graph.outputs
+        declared = [value.shape for value in outputs]
+        shapes.infer(self.model)
+        used = dims.used_names(dims.all_values(self.model.graph))
+        for value, shape in zip(outputs, declared, strict=True):
+            if value.shape is None and shape is not None:
+                # The interface says more than can be inferred; sizes get names of their own again.
+                value.shape = oir.Shape([d if isinstance(d, int) else _fresh_dim(used) for d in shape])
+
+
+def _fresh_dim(used: set[str]) -> str:
+    name = next(name for n in itertools.count() if (name := f"_output{n}") not in used)
+    used.add(name)
+    return name
 
 
 def count_nodes(model: oir.Model) -> int:

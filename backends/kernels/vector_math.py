@@ -180,9 +180,7 @@ def log(x: Expr) -> Expr:
     return tirx.Select(
         tirx.isnan(x) | (x < f32(0.0)),
         f32(math.nan),
-        tirx.Select(
-            x == f32(0.0), f32(-math.inf), tirx.Select(x == f32(math.inf), x, _log_of_positive(x))
-        ),
+        tirx.Select(x == f32(0.0), f32(-math.inf), tirx.Select(x == f32(math.inf), x, _log_of_positive(x))),
     )
 
 

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from optc.backends.lowering import (
+    activations,
     comparisons,
     convolution,
     einsum,
     elementwise,
     integer_matmul,
     matmul,
+    normalization,
     pooling,
+    quantization,
+    reductions,
+    resize,
     tensor,
 )
 from optc.backends.lowering.table import merge
 
 TABLE = merge(
     [
+        activations.TABLE,
         comparisons.TABLE,
         convolution.TABLE,
         einsum.TABLE,
         elementwise.TABLE,
         integer_matmul.TABLE,
         matmul.TABLE,
+        normalization.TABLE,
         pooling.TABLE,
+        quantization.TABLE,
+        reductions.TABLE,
+        resize.TABLE,
         tensor.TABLE,
     ]
 )

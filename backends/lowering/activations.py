@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from optc.backends.kernels import reduction, vector_math as vm
+from tvm import te, tirx
+
+from optc.backends.kernels import reduction
+from optc.backends.kernels import vector_math as vm
 from optc.backends.kernels.vector_math import bind, convert, dtype_of
 from optc.backends.lowering.pointwise import compute_dtype, pointwise
 from optc.backends.lowering.site import Site
 from optc.backends.lowering.table import Table
-from tvm import te, tirx
 
 TABLE = Table()
 
@@ -197,9 +199,7 @@ def softmax(site: Site) -> Any:
 
         top = reduction.reduce(reduction.maximum(work), read, rows, extents, contiguous=last)
         # Computed once here: the sum and the quotient both read it.
-        shifted = te.compute(
-            shape, lambda *i: bind(convert(x(*i), work), lambda v: v - top(*at(i))), "shifted"
-        )
+        shifted = te.compute(shape, lambda *i: bind(convert(x(*i), work), lambda v: v - top(*at(i))), "shifted")
         powers = te.compute(shape, lambda *i: vm.exp(shifted(*i)), "powers")
         total = reduction.reduce(
             reduction.addition(work),

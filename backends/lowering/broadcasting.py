@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tvm import tirx
+
 from optc.backends.lowering.emit import as_index, plain
 from optc.backends.lowering.site import Site
-from tvm import tirx
 
 
 def broadcast_shapes(site: Site, *shapes: Sequence[Any]) -> list[Any]:

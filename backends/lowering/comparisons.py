@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from tvm import tirx
+
 from optc.backends.kernels.vector_math import bind, convert, dtype_of
 from optc.backends.lowering.pointwise import pointwise
 from optc.backends.lowering.site import Site
 from optc.backends.lowering.table import Table
-from tvm import tirx
 
 TABLE = Table()
 
@@ -31,6 +32,8 @@ def compare(site: Site) -> Any:
     def element(a: Any, b: Any) -> Any:
         if dtype_of(a) == "bool":
             a, b = convert(a, "int8"), convert(b, "int8")
+        if "float" not in dtype_of(a):
+            return function(a, b)
         # Bound operands keep TVM from folding x == x, which is false for NaN.
         return bind(a, lambda a: bind(b, lambda b: function(a, b)))
 
@@ -47,9 +50,7 @@ def is_nan(site: Site) -> Any:
 def is_inf(site: Site) -> Any:
     """IsInf-20."""
     signs = [
-        value
-        for name, value in (("detect_positive", math.inf), ("detect_negative", -math.inf))
-        if site.attr(name, 1)
+        value for name, value in (("detect_positive", math.inf), ("detect_negative", -math.inf)) if site.attr(name, 1)
     ]
 
     def element(x: Any) -> Any:

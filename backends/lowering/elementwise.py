@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from tvm import te, tirx
 
 from optc.backends.kernels import vector_math as vm
 from optc.backends.kernels.vector_math import bind, convert, dtype_of, libm
 from optc.backends.lowering.pointwise import pointwise
 from optc.backends.lowering.site import Site
 from optc.backends.lowering.table import Table
-from tvm import te, tirx
 
 TABLE = Table()
 
@@ -51,6 +51,8 @@ def sub(site: Site) -> Any:
 
 def subtract(a: Any, b: Any) -> Any:
     """Return ``a - b``; bound operands keep TVM from folding ``x - x`` and ``(x + y) - x`` of floats."""
+    if not is_float(a):
+        return a - b
     return bind(a, lambda a: bind(b, lambda b: a - b))
 
 
@@ -96,11 +98,14 @@ def mod(site: Site) -> Any:
             rest = _guarded(tirx.truncmod, a, b, zero(a))
         if like_c or _unsigned(a):
             return rest
-        return bind(rest, lambda r: tirx.Select((r != zero(r)) & ((r < zero(r)) != (b < zero(b))), r + b, r))
+        return bind(rest, lambda r: tirx.Select(_opposite(r, b), r + b, r))
 
-    return pointwise(
-        site, lambda a, b: bind(a, lambda a: bind(b, lambda b: remainder(a, b))), inline_zero=False
-    )
+    return pointwise(site, lambda a, b: bind(a, lambda a: bind(b, lambda b: remainder(a, b))), inline_zero=False)
+
+
+def _opposite(a: Any, b: Any) -> Any:
+    """Tell whether two elements have different signs, neither being 0."""
+    return tirx.Or((a < zero(a)) & (b > zero(b)), (a > zero(a)) & (b < zero(b)))
 
 
 @TABLE.lowers("Pow")
@@ -133,23 +138,29 @@ _SIMPLE_POWERS: dict[float, Callable[[Any], Any]] = {
 
 def _integer_power(base: Any, exponent: Any) -> Any:
     # Square and multiply. Beyond 63 only powers of 0, 1 and -1 fit, which depend on parity alone.
-    def multiply(b: Any, e: Any) -> Any:
-        parity = e & tirx.const(1, "int64")
-        bounded = tirx.Select(e > tirx.const(63, "int64"), parity + tirx.const(62, "int64"), e)
-        positive = bind(bounded, lambda e: step(0, tirx.const(1, "int64"), b, e))
-        odd_sign = tirx.Select(parity == one(b), b, one(b))
-        unit = (b == one(b)) | (b == tirx.const(-1, "int64"))
-        return tirx.Select(e < zero(e), tirx.Select(unit, odd_sign, zero(b)), positive)
+    def constant(value: int) -> Any:
+        return tirx.const(value, "int64")
 
-    def step(bit: int, result: Any, square: Any, e: Any) -> Any:
+    def bounded(b: Any, e: Any) -> Any:
+        parity = e & constant(1)
+        odd_power = tirx.Select(parity == constant(1), b, constant(1))
+        unit = tirx.Or(b == constant(1), b == constant(-1))
+        negative = tirx.Select(unit, odd_power, constant(0))
+        limited = tirx.Select(e > constant(63), parity + constant(62), e)
+        # TVM wants no Let under a condition on the same integers: the choice comes last.
+        return bind(limited, lambda n: step(0, constant(1), b, n, lambda r: tirx.Select(e < 0, negative, r)))
+
+    def step(bit: int, result: Any, square: Any, e: Any, finish: Callable[[Any], Any]) -> Any:
         if bit == 6:
-            return result
-        chosen = (e >> tirx.const(bit, "int64")) & tirx.const(1, "int64")
-        next_result = tirx.Select(chosen == one(e), result * square, result)
-        return bind(next_result, lambda r: bind(square * square, lambda s: step(bit + 1, r, s, e)))
+            return finish(result)
+        factor = tirx.Select(((e >> constant(bit)) & constant(1)) == constant(1), square, constant(1))
+        return bind(
+            result * factor,
+            lambda r: bind(square * square, lambda s: step(bit + 1, r, s, e, finish)),
+        )
 
     wide = convert(base, "int64")
-    result = bind(wide, lambda b: bind(convert(exponent, "int64"), lambda e: multiply(b, e)))
+    result = bind(wide, lambda b: bind(convert(exponent, "int64"), lambda e: bounded(b, e)))
     return convert(result, dtype_of(base))
 
 

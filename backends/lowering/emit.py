@@ -55,7 +55,7 @@ def emit(
     scalars = _free_symbols(te.create_prim_func([*holders, *outs], "int64"), symbols)
     # Scalars come last, as call_tir wants them, and FuseTIR keeps them there.
     function = te.create_prim_func([*holders, *scalars, *outs], "int64")
-    function = s_tir.renew_defs(function.without_attr("global_symbol"))
+    function = _with_root(s_tir.renew_defs(function.without_attr("global_symbol")))
     for key, value in (attributes or {}).items():
         function = function.with_attr(key, value)
     types = [relax.TensorType([as_index(d) for d in out.shape], str(out.dtype)) for out in outs]
@@ -66,6 +66,14 @@ def emit(
     if len(types) == 1:
         return [var] if many else var
     return [builder.emit(relax.TupleGetItem(var, i)) for i in range(len(types))]
+
+
+def _with_root(function: Any) -> Any:
+    """Give a function that is one opaque block the root block that schedules and fusion expect."""
+    body = function.body
+    if isinstance(body, s_tir.SBlockRealize) and body.block.name_hint != "root":
+        return function.with_body(s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body)))
+    return function
 
 
 def _free_symbols(function: Any, symbols: Collection[Any]) -> list[Any]:

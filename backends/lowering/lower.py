@@ -284,10 +284,9 @@ class Lowerer:
         dims = [self.simplify(d) for d in dims]
         loose = [i for i, d in enumerate(dims) if self.is_read(d) and not isinstance(d, tvm.ir.Var)]
         if loose:
-            symbols = [self.symbol("n") for _ in loose]
-            shape = relax.ShapeExpr([emission.as_index(dims[i]) for i in loose])
-            self.builder.match_cast(shape, relax.ShapeType(symbols))
-            for i, symbol in zip(loose, symbols, strict=True):
+            # A kernel computes them: in its own expressions Relax assumes that every symbol is a size, thus >= 0.
+            values = np.array([dims[i] for i in loose], dtype=object)
+            for i, symbol in zip(loose, self.bind_shape(self._materialize(values, "int64"), "n"), strict=True):
                 dims[i] = symbol
         return dims
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from tvm import te
 
 from optc.backends.kernels.vector_math import convert
 from optc.backends.lowering import broadcasting
 from optc.backends.lowering.site import Site, scalar
-from tvm import te
 
 _HALF = ("float16", "bfloat16")
 

@@ -216,3 +216,23 @@ def test_computed_weight_stays(image, build, check, rng):
     feeds = image | {"w": rng.standard_normal((8, 4, 1, 1), np.float32)}
     result = check(model, fold_batch_norm_pass(), feeds, fired={})
     assert result.skipped
+
+
+@pytest.mark.parametrize(
+    ("signature", "shape", "text"),
+    [
+        ("(float[n,4] x) => (float[1,n,6] y)", (1, 1, 6), "m = MatMul(x, w) y = Mul(m, s)"),
+        ("(float[n,4] x) => (float[1,n,6] y)", (1, 1, 4), "m = Mul(x, s) y = MatMul(m, w)"),
+        ("(float[4,3,3,3] x) => (float[1,6,3,3,3] y)", (1, 4, 1, 1, 1), "m = Mul(x, s) y = Conv(m, w)"),
+        ("(float[4,3,3,3] x) => (float[1,6,3,3,3] y)", (1, 4, 1, 1, 1), "m = Add(x, s) y = Conv(m, w)"),
+        ("(float[4,3,3,3] x) => (float[1,6,3,3,3] y)", (1, 4, 1, 1, 1), "l = Mul(x, h) m = Add(l, s) y = Conv(m, w)"),
+    ],
+)
+def test_constant_of_higher_rank_stays(signature, shape, text, build, check, rng):
+    weight = rng.standard_normal((6, 4, 1, 1, 1) if "Conv" in text else (4, 6), np.float32)
+    constants = {"w": weight, "s": rng.standard_normal(shape, np.float32)}
+    if "h)" in text:
+        constants["h"] = np.array(2, np.float32)
+    feeds = {"x": rng.standard_normal((4, 3, 3, 3) if "Conv" in text else (2, 4), np.float32)}
+    result = check(build(f"{signature} {{ {text} }}", **constants), fold_batch_norm_pass(), feeds, fired={})
+    assert any("the constant widens" in skip.reason for skip in result.skipped)

@@ -1,0 +1,195 @@
+"""Reductions as tensor expressions that vectorize without a schedule's help.
+
+A reduction along the contiguous axis is a chain of dependent scalar operations. Here it is split in the compute
+itself: ``LANES`` partial results over interleaved elements (an ordinary spatial axis, which any schedule
+vectorizes), then the rest of the row, then the few partial results. The order of operations, and so the result to
+the last bit, does not depend on the schedule; rounding errors grow ``LANES`` times more slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import te, tirx
+
+from optc.backends.kernels import vector_math
+
+LANES = 32
+"""Partial results per row: four 8-lane registers, enough to hide the latency of an addition."""
+
+Read = Callable[[tuple[Any, ...], tuple[Any, ...]], Any]
+"""``read(outer index, reduced index)`` returns the element to reduce."""
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """An associative operation on elements of ``dtype`` and its identity, the result for no elements."""
+
+    combine: Callable[[Any, Any], Any]
+    identity: Any
+    dtype: str
+
+    def over(self, value: Any, axes: Sequence[Any]) -> Any:
+        """Return the te reduction of ``value``."""
+        name = "reduce"
+        reducer = te.comm_reducer(self.combine, lambda _: self.identity, name=name)
+        return reducer(value, axis=list(axes))
+
+
+def addition(dtype: str) -> Reducer:
+    """Return the sum."""
+    return Reducer(lambda a, b: a + b, tirx.const(0, dtype), dtype)
+
+
+def multiplication(dtype: str) -> Reducer:
+    """Return the product."""
+    return Reducer(lambda a, b: a * b, tirx.const(1, dtype), dtype)
+
+
+def maximum(dtype: str) -> Reducer:
+    """Return the maximum; NaN if an element is NaN, minus infinity (the smallest integer) for no elements."""
+    return Reducer(vector_math.maximum, limit(dtype, -1), dtype)
+
+
+def minimum(dtype: str) -> Reducer:
+    """Return the minimum; NaN if an element is NaN, infinity (the largest integer) for no elements."""
+    return Reducer(vector_math.minimum, limit(dtype, 1), dtype)
+
+
+def limit(dtype: str, sign: int) -> Any:
+    """Return the largest (``sign`` 1) or smallest (-1) value of ``dtype``."""
+    if "float" in dtype:
+        return tirx.const(sign * np.inf, dtype)
+    if dtype == "bool":
+        return tirx.const(sign > 0, "bool")
+    info = np.iinfo(dtype)
+    if dtype == "uint64" and sign > 0:
+        return tirx.max_value("uint64")
+    return tirx.const(int(info.max if sign > 0 else info.min), dtype)
+
+
+def reduce(
+    reducer: Reducer,
+    read: Read,
+    rows: Sequence[Any],
+    extents: Sequence[Any],
+    *,
+    contiguous: bool,
+    name: str = "reduced",
+) -> Any:
+    """Return the te tensor of shape ``rows`` of reductions over ``extents``.
+
+    ``contiguous`` tells that the last extent runs along memory. Extents of 0 give the identity.
+    """
+    if any(_constant(e) == 0 for e in extents):
+        return te.compute(rows, lambda *_: reducer.identity, name)
+    last = _constant(extents[-1])
+    if not contiguous or (last is not None and last < 2 * LANES):
+        result = _plain(reducer, read, rows, extents, name)
+    else:
+        result = _split(reducer, read, rows, extents, last, name)
+    empty = [e for e in extents if _constant(e) is None]
+    if not empty:
+        return result
+
+    def guarded(*index: Any) -> Any:
+        # What a reduction over nothing leaves in memory depends on its schedule.
+        value = result(*index)
+        for extent in empty:
+            value = tirx.Select(extent == 0, reducer.identity, value)
+        return value
+
+    return te.compute(rows, guarded, name + "_or_identity")
+
+
+def _plain(reducer: Reducer, read: Read, rows: Sequence[Any], extents: Sequence[Any], name: str) -> Any:
+    axes = [te.reduce_axis((0, e), f"k{i}") for i, e in enumerate(extents)]
+    return te.compute(rows, lambda *i: reducer.over(read(i, tuple(a.var for a in axes)), axes), name)
+
+
+def _split(
+    reducer: Reducer, read: Read, rows: Sequence[Any], extents: Sequence[Any], last: int | None, name: str
+) -> Any:
+    extent = extents[-1]
+    whole = tirx.floordiv(extent, LANES) if last is None else last // LANES
+    rest = extent - whole * LANES if last is None else last % LANES
+    outer = [te.reduce_axis((0, e), f"k{i}") for i, e in enumerate(extents[:-1])]
+    chunk = te.reduce_axis((0, whole), "chunk")
+
+    def partial(*index: Any) -> Any:
+        lane = index[-1]
+        inner = (*(a.var for a in outer), chunk.var * LANES + lane)
+        return reducer.over(read(index[:-1], inner), [*outer, chunk])
+
+    lanes = te.compute([*rows, LANES], partial, name + "_lanes")
+    lane = te.reduce_axis((0, LANES), "lane")
+    total = te.compute(rows, lambda *i: reducer.over(lanes(*i, lane.var), [lane]), name)
+    if last is not None and last % LANES == 0:
+        return total
+    others = [te.reduce_axis((0, e), f"r{i}") for i, e in enumerate(extents[:-1])]
+    position = te.reduce_axis((0, rest), "rest")
+
+    def remainder(*index: Any) -> Any:
+        inner = (*(a.var for a in others), position.var + whole * LANES)
+        return reducer.over(read(index, inner), [*others, position])
+
+    tail = te.compute(rows, remainder, name + "_rest")
+
+    def joined(*index: Any) -> Any:
+        if last is not None:
+            return reducer.combine(total(*index), tail(*index))
+        # Either part of a row of unknown length may be empty.
+        first = tirx.Select(whole == 0, reducer.identity, total(*index))
+        return reducer.combine(first, tirx.Select(rest == 0, reducer.identity, tail(*index)))
+
+    return te.compute(rows, joined, name + "_total")
+
+
+def arg_reduce(
+    read: Callable[[tuple[Any, ...], Any], Any],
+    rows: Sequence[Any],
+    extent: Any,
+    dtype: str,
+    *,
+    largest: bool,
+    last: bool,
+) -> Any:
+    """Return the int64 positions of the largest or smallest elements: the first or last one; NaN beats all."""
+    axis = te.reduce_axis((0, extent), "k")
+    floating = "float" in dtype
+
+    def better(new: Any, old: Any) -> Any:
+        if largest:
+            result = new >= old if last else new > old
+        else:
+            result = new <= old if last else new < old
+        if not floating:
+            return result
+        if last:
+            return result | tirx.isnan(new)
+        return result | (tirx.isnan(new) & tirx.Not(tirx.isnan(old)))
+
+    def combine(old: Any, new: Any) -> Any:
+        position, value = old
+        take = (position < tirx.const(0, "int64")) | better(new[1], value)
+        return tirx.Select(take, new[0], position), tirx.Select(take, new[1], value)
+
+    def identity(_: Any, __: Any) -> Any:
+        return tirx.const(-1, "int64"), limit(dtype, -1 if largest else 1)
+
+    reducer = te.comm_reducer(combine, identity, name="arg")
+    found = te.compute(
+        rows,
+        lambda *i: reducer((axis.var.astype("int64"), read(i, axis.var)), axis=axis),
+        "best",
+    )
+    return found[0]
+
+
+def _constant(extent: Any) -> int | None:
+    if isinstance(extent, tirx.IntImm):
+        return int(extent)
+    return extent if isinstance(extent, int) else None
