@@ -4,8 +4,8 @@ Every symbol stands for an integer of at least 1: a dimension of size 0 is legal
 symbolic dimension promises, and simplification (``Max(1, n) == n``) relies on it.
 
 The text of a symbolic dimension is a name (``batch``), or an expression with ``+ - * / // % **`` and the functions
-``floor``, ``Min``, ``Max``, ``Mod`` and ``sqrt``: the language that onnx-ir parses. It has no ``ceiling``, so a
-ceiling is written ``-floor(-x)``.
+``floor``, ``Min``, ``Max``, ``Mod`` and ``sqrt``: the language that onnx-ir parses. It has no ``ceiling``: see
+``normalize``.
 """
 
 from __future__ import annotations
@@ -125,27 +125,43 @@ def normalize(expr: sympy.Expr) -> sympy.Expr:
     """
     import sympy
 
-    if expr.has(sympy.ceiling):
-        expr = expr.replace(sympy.ceiling, lambda argument: -sympy.floor(-argument))
-    return expr.replace(sympy.floor, _floor) if expr.has(sympy.floor) else expr
+    if not expr.has(sympy.floor, sympy.ceiling):
+        return expr
+    arguments = [normalize(argument) for argument in expr.args]
+    if isinstance(expr, sympy.floor):
+        return _floor(arguments[0])
+    if isinstance(expr, sympy.ceiling):
+        return -_floor(-arguments[0])
+    return expr.func(*arguments)
 
 
 def _floor(argument: sympy.Expr) -> sympy.Expr:
     """Return ``floor(argument)``: leading term positive, constant part in [0, 1), inner floors merged."""
     import sympy
 
-    argument = sympy.expand(argument)
-    coefficients = argument.as_coefficients_dict()
-    m = sympy.ilcm(1, *(c.q for c in coefficients.values() if c.is_Rational))
-    constant, rest = argument.as_coeff_Add()
-    if rest.could_extract_minus_sign() and sympy.expand(m * argument).is_integer:
-        return -_floor(-argument + sympy.Rational(m - 1, m))
-    for term, factor in coefficients.items():
-        others = sympy.expand((argument - factor * term) / factor)
+    terms = sympy.expand(argument).as_coefficients_dict()
+    constant = terms.pop(sympy.S.One, sympy.S.Zero)
+    fraction = constant - sympy.floor(constant)
+    whole = sympy.Add(constant - fraction, *(c * t for t, c in terms.items() if (c * t).is_integer))
+    terms = {t: c for t, c in terms.items() if not (c * t).is_integer}
+    if not terms:
+        return whole
+    rest = sympy.Add(*(c * t for t, c in terms.items()))
+    m = _denominator([fraction, *terms.values()])
+    if rest.could_extract_minus_sign() and sympy.expand(m * rest).is_integer:
+        return whole - _floor(sympy.Rational(m - 1, m) - rest - fraction)
+    for term, factor in terms.items():
+        others = sympy.expand((rest + fraction - factor * term) / factor)
         if isinstance(term, sympy.floor) and factor.is_positive and (1 / factor).is_integer and others.is_integer:
-            return _floor(argument + factor * (term.args[0] - term))
-    whole = sympy.floor(constant)
-    return sympy.floor(argument - whole) + whole
+            return whole + _floor(rest + fraction + factor * (term.args[0] - term))
+    return whole + sympy.floor(rest + fraction)
+
+
+def _denominator(coefficients: Iterable[sympy.Expr]) -> int:
+    """Return the least common multiple of the denominators."""
+    import sympy
+
+    return int(sympy.ilcm(1, *(c.q for c in coefficients if c.is_Rational)))
 
 
 def maximum(a: Dim, b: Dim) -> Dim:
@@ -166,7 +182,7 @@ def _at_least(x: sympy.Expr, y: sympy.Expr) -> bool:
     for term, factor in difference.as_coefficients_dict().items():
         if isinstance(term, sympy.floor):
             argument = term.args[0]
-            m = sympy.ilcm(1, *(c.q for c in argument.as_coefficients_dict().values() if c.is_Rational))
+            m = _denominator(argument.as_coefficients_dict().values())
             if not sympy.expand(m * argument).is_integer:
                 return False
             # For an integer n, floor(n/m) lies between n/m - (m - 1)/m and n/m.

@@ -108,3 +108,18 @@ def type_text(type_: oir.TypeProtocol) -> str:
     kind = "seq" if isinstance(type_, oir.SequenceType) else "optional"
     assert isinstance(type_.elem_type, oir.TypeProtocol)
     return f"{kind}({type_text(type_.elem_type)})"
+
+
+def output_type(node: oir.Node, index: int, schema: Schema) -> oir.TypeProtocol | None:
+    """Return the type of an output that the schema alone decides: a fixed tensor type, or that of an input."""
+    formal = parameter(schema.outputs, index)
+    if formal is None or (formal.variadic and not formal.homogeneous):
+        return None
+    if formal.type not in schema.types:
+        dtype = oir.DataType.__members__.get(formal.type.removeprefix("tensor(").removesuffix(")").upper())
+        return oir.TensorType(dtype) if dtype is not None and formal.type.startswith("tensor(") else None
+    for position, value in enumerate(node.inputs):
+        given = parameter(schema.inputs, position)
+        if given is not None and given.type == formal.type and value is not None and value.type is not None:
+            return value.type
+    return None

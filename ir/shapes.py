@@ -21,7 +21,7 @@ from onnx_shape_inference import (
 )
 
 from optc.errors import InvalidModelError, OptcError
-from optc.ir import provenance, shape_control, shape_rules
+from optc.ir import provenance, schemas, shape_control, shape_rules
 from optc.ir.dims import (
     Dim,
     all_values,
@@ -56,7 +56,7 @@ def contents(model: oir.Model) -> dict[oir.Value, tuple[Dim, ...]]:
     """Return what is known about integer vectors and scalars that are computed from shapes.
 
     The result maps a node output of rank 0 or 1 to its elements, each an int or a symbolic dimension.
-    The shapes of the model must be known (``infer``); they are not changed.
+    The shapes that the model has are trusted, as by ``infer(keep_known=True)``.
     """
     inference = _Inference(model, keep_known=True)
     inference.run()
@@ -133,6 +133,7 @@ class _Inference:
                 before = [v.shape for v in node.outputs]
                 rule(context, node)
                 shape_rules.correct(context, node, before)
+            self.fill_types(node, version)
         except OptcError:
             raise
         except Exception as error:  # the rules raise errors of every kind when a model is illegal
@@ -141,6 +142,16 @@ class _Inference:
                 f"{provenance.describe(node)}: {cause}; its inputs are {_describe_inputs(node)}",
                 hint="check the model with onnx.checker.check_model(path, full_check=True)",
             ) from error
+
+    @staticmethod
+    def fill_types(node: oir.Node, version: int) -> None:
+        """Set the types that the schema alone decides: some rules set no type where they know no shape."""
+        if all(value.type is not None for value in node.outputs):
+            return
+        schema = schemas.find(node.domain, node.op_type, version)
+        for index, value in enumerate(node.outputs):
+            if schema is not None and value.type is None:
+                value.type = schemas.output_type(node, index, schema)
 
 
 def _describe_inputs(node: oir.Node) -> str:

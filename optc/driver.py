@@ -18,7 +18,7 @@ from optc.backends.artifact import Artifact, build_artifact
 from optc.backends.base import Build, Target
 from optc.capture import capture
 from optc.errors import OptcError
-from optc.passes import pipeline
+from optc.passes import fuse, pipeline
 from optc.passes.observer import Observer, PassRecord
 from optc.runtime.format import TensorSpec
 
@@ -119,9 +119,13 @@ def optimize(
     dynamic_shapes: Any = None,
     disable_passes: Collection[str] = (),
     observers: Sequence[Observer] = (),
+    portable: bool = True,
     trace: Trace | None = None,
 ) -> oir.Model:
-    """Capture a model and run the graph passes only; ``optc.ir.serialize.save`` writes it as portable ONNX."""
+    """Capture a model and run the graph passes only; ``optc.ir.serialize.save`` writes it as ONNX.
+
+    ``portable`` spells a few operators in the way that more runtimes implement.
+    """
     trace = trace or Trace()
     with trace.stage("capture"):
         model = capture(
@@ -133,6 +137,8 @@ def optimize(
         )
     with trace.stage("optimize"):
         trace.passes = pipeline.run(model, disable=disable_passes, observers=observers)
+        if portable:
+            trace.passes += pipeline.run(model, passes=fuse.portable(), disable=disable_passes, observers=observers)
     return model
 
 
@@ -141,7 +147,7 @@ def check(path_or_model: Any, *, target: str = "cpu", **capture_options: Any) ->
 
     Raises UnsupportedModelError that names every node at fault.
     """
-    model = optimize(path_or_model, **capture_options)
+    model = optimize(path_or_model, portable=False, **capture_options)
     backend(resolve_target(target)).supported(model)
     return model
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
+from optc.backends.kernels import vector_math
+
 TEMPLATE = "contraction"
 ROW_BLOCK = 6
 """Rows packed together: with two vectors of columns they fill the 16 registers of AVX2 with 12 accumulators."""
@@ -65,14 +67,14 @@ def pack_rows(weights: np.ndarray) -> np.ndarray:
 
 def widen(value: Any, dtype: str) -> Any:
     """Return ``value`` converted to ``dtype`` where it is not that already."""
-    return value if str(value.ty.dtype) == dtype else value.astype(dtype)
+    return vector_math.convert(value, dtype)
 
 
 def narrow(tensor: Any, dtype: str) -> Any:
     """Return a stage that converts ``tensor`` to ``dtype``; the tensor itself if it is that already."""
     if str(tensor.dtype) == dtype:
         return tensor
-    return te.compute(tensor.shape, lambda *i: tensor(*i).astype(dtype), "narrow")
+    return te.compute(tensor.shape, lambda *i: vector_math.convert(tensor(*i), dtype), "narrow")
 
 
 def packed_matmul(a: Any, packed: Any, n: int) -> Any:

@@ -104,7 +104,7 @@ def _describe(function: Any, core: Any, out: Any) -> Contraction | None:
         epilogue: Any = load_of(accumulator, variables)
         target_buffer = accumulator
     else:
-        renamed = _rename(out, variables, accumulator)
+        renamed = _rename(out, spatial, accumulator)
         if renamed is None:
             return None
         epilogue, target_buffer = renamed, out.body.buffer
@@ -132,10 +132,14 @@ def load_of(buffer: Any, indices: Sequence[Any]) -> Any:
     return tirx.BufferLoad(buffer, list(indices))
 
 
-def _rename(out: Any, variables: list[Any], accumulator: Any) -> Any:
+def _rename(out: Any, spatial: list[Any], accumulator: Any) -> Any:
     """Return the value that block ``out`` stores, in the variables of the contraction; None if not element-wise."""
-    own = [v.var for v in out.iter_vars]
+    own, variables = [v.var for v in out.iter_vars], [v.var for v in spatial]
     if len(own) != len(variables) or any(int(v.iter_type) == _REDUCTION for v in out.iter_vars):
+        return None
+    # Padding behind the data reads the same indices, but stores more elements than the contraction has.
+    extents = [(a.dom.extent, b.dom.extent) for a, b in zip(out.iter_vars, spatial, strict=True)]
+    if not all(tvm_ffi.structural_equal(a, b) for a, b in extents):
         return None
     if not _same(out.body.indices, own):
         return None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from optc.backends.lowering import (
     activations,
     comparisons,
+    control_flow,
     convolution,
     einsum,
     elementwise,
+    indexing,
     integer_matmul,
     matmul,
     normalization,
@@ -23,9 +25,11 @@ TABLE = merge(
     [
         activations.TABLE,
         comparisons.TABLE,
+        control_flow.TABLE,
         convolution.TABLE,
         einsum.TABLE,
         elementwise.TABLE,
+        indexing.TABLE,
         integer_matmul.TABLE,
         matmul.TABLE,
         normalization.TABLE,

@@ -70,7 +70,10 @@ def padded(site: Site, x: Any, geometry: Windows, value: float = 0) -> Any:
     if not geometry.padded:
         return x
     fill = scalar(value, str(x.ty.dtype))
-    return site.emit(lambda a: convolution.pad(a, geometry.before, geometry.after, fill), x, name="pad")
+    # Opaque to fusion: as the epilogue of the convolution before, it would keep that one from its template.
+    return site.emit(
+        lambda a: convolution.pad(a, geometry.before, geometry.after, fill), x, name="pad", attributes={"op_pattern": 8}
+    )
 
 
 @TABLE.lowers("ConvTranspose")

@@ -137,31 +137,23 @@ _SIMPLE_POWERS: dict[float, Callable[[Any], Any]] = {
 
 
 def _integer_power(base: Any, exponent: Any) -> Any:
-    # Square and multiply. Beyond 63 only powers of 0, 1 and -1 fit, which depend on parity alone.
-    def constant(value: int) -> Any:
-        return tirx.const(value, "int64")
-
-    def bounded(b: Any, e: Any) -> Any:
-        parity = e & constant(1)
-        odd_power = tirx.Select(parity == constant(1), b, constant(1))
-        unit = tirx.Or(b == constant(1), b == constant(-1))
-        negative = tirx.Select(unit, odd_power, constant(0))
-        limited = tirx.Select(e > constant(63), parity + constant(62), e)
-        # TVM wants no Let under a condition on the same integers: the choice comes last.
-        return bind(limited, lambda n: step(0, constant(1), b, n, lambda r: tirx.Select(e < 0, negative, r)))
-
-    def step(bit: int, result: Any, square: Any, e: Any, finish: Callable[[Any], Any]) -> Any:
-        if bit == 6:
-            return finish(result)
-        factor = tirx.Select(((e >> constant(bit)) & constant(1)) == constant(1), square, constant(1))
-        return bind(
-            result * factor,
-            lambda r: bind(square * square, lambda s: step(bit + 1, r, s, e, finish)),
-        )
-
-    wide = convert(base, "int64")
-    result = bind(wide, lambda b: bind(convert(exponent, "int64"), lambda e: bounded(b, e)))
-    return convert(result, dtype_of(base))
+    """Square and multiply; beyond 63 only powers of 0, 1 and -1 fit, which depend on parity alone."""
+    # Written without Let: TVM's bound analysis fails on bound integers that simplify to better bounds.
+    b, e = convert(base, "int64"), convert(exponent, "int64")
+    unit = tirx.const(1, "int64")
+    parity = e & unit
+    limited = tirx.Select(e > tirx.const(63, "int64"), parity + tirx.const(62, "int64"), e)
+    result, square = unit, b
+    for bit in range(6):
+        chosen = ((limited >> tirx.const(bit, "int64")) & unit) == unit
+        result = result * tirx.Select(chosen, square, unit)
+        square = square * square
+    reciprocal = tirx.Select(
+        tirx.Or(b == unit, b == tirx.const(-1, "int64")),
+        tirx.Select(parity == unit, b, unit),
+        tirx.const(0, "int64"),
+    )
+    return convert(tirx.Select(e < zero(e), reciprocal, result), dtype_of(base))
 
 
 @TABLE.lowers("Neg")

@@ -8,7 +8,8 @@ symbolically (``shape_values.py``); a kernel is emitted for it only when some no
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,10 @@ _DTYPES = {
     oir.DataType.UINT64: "uint64",
     oir.DataType.BOOL: "bool",
 }
+
+
+class _Poisoned(Unsupported):
+    """A value that no node gives because one before it was refused: not a refusal of its own."""
 
 
 @dataclass
@@ -110,19 +115,49 @@ class Lowerer:
         for node in graph:
             self._node(node)
 
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """What is lowered inside is unknown outside, where it may never run; so are shapes learned inside."""
+        saved = dict(self.tensors), dict(self.integers)
+        try:
+            yield
+        finally:
+            self.tensors, self.integers = saved
+
+    def branch(self, graph: oir.Graph) -> Any:
+        """Lower a subgraph into a block of its own; returns a Relax expression that gives a tuple of its outputs."""
+        with self.scope():
+            self.builder._begin_binding_block()
+            try:
+                self.graph(graph)
+                results = self.builder.emit(relax.Tuple([self.tensor(value) for value in graph.outputs]))
+            finally:
+                block = self.builder._end_block()
+        return relax.SeqExpr([block], results)
+
+    def alias(self, value: oir.Value, source: oir.Value) -> None:
+        """Let ``value`` be what ``source`` is."""
+        if source in self.integers:
+            self.integers[value] = self.integers[source]
+        else:
+            self.tensors[value] = self.tensor(source)
+
     def _node(self, node: oir.Node) -> None:
         if any(value in self.poisoned for value in node.inputs if value is not None):
             self.poisoned.update(node.outputs)
             return
-        known = shape_values.evaluate(node, self)
-        if known is not None:
-            self.integers[node.outputs[0]] = known
-            return
         try:
+            known = shape_values.evaluate(node, self)
+            if known is not None:
+                self.integers[node.outputs[0]] = known
+                return
             function = self.table.get((node.domain, node.op_type))
             if function is None:
                 raise Unsupported("the operator is not supported")
             results = outputs(function(Site(self, node)))
+        except _Poisoned:
+            self.poisoned.update(node.outputs)
+            return
         except Unsupported as refusal:
             self.refused.append(f"{provenance.describe(node)}: {refusal}")
             self.poisoned.update(node.outputs)
@@ -195,13 +230,15 @@ class Lowerer:
             return found
         if value in self.integers:
             array = self.constant(value)
-            made = self._materialize(self.integers[value], self.dtype(value)) if array is None else None
+            made = self.materialize(self.integers[value], self.dtype(value)) if array is None else None
             self.tensors[value] = made if made is not None else self._inline_or_weight(array, value)
         elif (array := self.constant(value)) is not None:
             self.dtype(value)
             self.tensors[value] = self._inline_or_weight(array, value)
+        elif value in self.poisoned:
+            raise _Poisoned
         else:
-            raise Unsupported(f"input '{value.name}' was never computed")
+            raise Unsupported(f"value '{value.name}' of type {value.type} is no tensor that is known here")
         return self.tensors[value]
 
     def _inline_or_weight(self, array: Any, value: oir.Value) -> Any:
@@ -217,7 +254,8 @@ class Lowerer:
             self.weight_vars[name] = relax.Var(_identifier(name), relax.TensorType(array.shape, dtype))
         return self.weight_vars[name]
 
-    def _materialize(self, known: np.ndarray, dtype: str) -> Any:
+    def materialize(self, known: np.ndarray, dtype: str) -> Any:
+        """Return an array of ints and expressions as a tensor, computed by a kernel."""
         flat = [emission.as_index(v) for v in known.reshape(-1)]
 
         def compute() -> Any:
@@ -277,7 +315,11 @@ class Lowerer:
 
     def is_read(self, value: Any) -> bool:
         """Tell whether ``value`` involves an element read at run time by ``elements``."""
-        return not isinstance(value, int) and any(v in self.read for v in tirx.analysis.undefined_vars(value))
+        return not self.read.isdisjoint(self.free(value))
+
+    def free(self, value: Any) -> set[Any]:
+        """Return the symbols in a dimension."""
+        return set() if isinstance(value, int) else set(tirx.analysis.undefined_vars(value))
 
     def settle(self, dims: Sequence[Any]) -> list[Any]:
         """Bind every expression of elements read at run time to a fresh symbol; other dimensions stay."""
@@ -286,7 +328,7 @@ class Lowerer:
         if loose:
             # A kernel computes them: in its own expressions Relax assumes that every symbol is a size, thus >= 0.
             values = np.array([dims[i] for i in loose], dtype=object)
-            for i, symbol in zip(loose, self.bind_shape(self._materialize(values, "int64"), "n"), strict=True):
+            for i, symbol in zip(loose, self.bind_shape(self.materialize(values, "int64"), "n"), strict=True):
                 dims[i] = symbol
         return dims
 

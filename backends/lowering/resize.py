@@ -190,13 +190,14 @@ def _interpolate(
     taps: Any = 2 * reach
     shrink: Any = None
     if antialias:
-        taps, shrink = _antialias(site, axis, reach)
+        taps, shrink = _antialias(site, axis, reach, extra)
     exclude = bool(site.attr("exclude_outside", 0))
     a = float(site.attr("cubic_coeff_a", -0.75))
 
     def table(*params: Any) -> Any:
         return list(interpolation.tables(
-            lambda o: coordinate(params, o), axis.out, axis.size, taps, mode, a=a, shrink=shrink, exclude=exclude))
+            lambda o: coordinate(params, o), axis.out, axis.size, taps, mode, a=a,
+            shrink=None if shrink is None else shrink(params), exclude=exclude))
 
     index, weight = site.emit(table, *extra, name="resize_table", attributes=_OPAQUE)
     dtype = str(x.ty.dtype)
@@ -225,14 +226,22 @@ def _saturate(value: Any, dtype: str) -> Any:
     return tirx.max(tirx.min(tirx.nearbyint(value), high), low).astype(dtype)
 
 
-def _antialias(site: Site, axis: Axis, reach: int) -> tuple[Any, Any]:
-    """Return the number of taps and the factor that widens the filter when the axis shrinks."""
+def _antialias(site: Site, axis: Axis, reach: int, extra: Sequence[Any]) -> tuple[Any, Any]:
+    """Return the number of taps, and what gives the factor that widens the filter when the axis shrinks."""
     if isinstance(axis.scale, float):
         scale = min(axis.scale, 1.0)
-        first = int(np.floor(-reach / scale)) + 1
-        return 2 - 2 * first, real(scale)
-    if axis.scale is None or str(site.attr("keep_aspect_ratio_policy", "stretch")) != "stretch":
-        site.unsupported("antialias needs a scale that is known or follows from sizes")
-    size, out = as_index(axis.size), as_index(axis.out)
-    first = tirx.floordiv(-reach * tirx.max(size, out), tirx.max(out, as_index(1))) + 1
-    return 2 - 2 * first, tirx.min(axis.scale, real(1))
+        return _taps(int(np.floor(-reach / scale))), lambda _: real(scale)
+
+    def shrink(params: Sequence[Any]) -> Any:
+        return tirx.min(params[0](axis.order) if axis.scale is None else axis.scale, real(1))
+
+    def count(*params: Any) -> Any:
+        return _vector([_taps(tirx.floor(real(-reach) / shrink(params)).astype("int64"))])
+
+    found = site.emit(count, *extra, name="resize_taps", attributes=_OPAQUE)
+    return site.bind_shape(found, "taps")[0], shrink
+
+
+def _taps(start: Any) -> Any:
+    """Return the even number of taps of a filter that begins ``start`` pixels from its centre."""
+    return 2 - 2 * (start + 1)

@@ -55,26 +55,62 @@ def flatten(site: Site) -> Any:
     return site.reshape(site.tensor(0), [im.product(shape[:axis]), im.product(shape[axis:])])
 
 
+def _is_axis(which: Any, axis: int, rank: int) -> Any:
+    """Tell whether ``which``, maybe negative, maybe read at run time, means ``axis``."""
+    if im.known(which):
+        return im.axis_of(which, rank) == axis
+    return tirx.any(which == axis, which == axis - rank)
+
+
 @TABLE.lowers("Squeeze")
 def squeeze(site: Site) -> Any:
     """Squeeze-25; without axes every dimension that is the number 1 goes, and none may be symbolic."""
     shape = site.shape(0)
     if site.has(1):
-        axes = {im.axis_of(a, len(shape)) for a in _fixed(site, 1, "axes")}
+        axes = site.ints(1)
     elif all(im.known(d) for d in shape):
-        axes = {i for i, d in enumerate(shape) if d == 1}
+        axes = [i for i, d in enumerate(shape) if d == 1]
     else:
         site.unsupported("without axes, the rank of the result depends on symbolic dimensions")
-    return site.reshape(site.tensor(0), [d for i, d in enumerate(shape) if i not in axes])
+    return site.reshape(site.tensor(0), site.settle(_without(shape, axes)))
+
+
+def _without(shape: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
+    """Return the dimensions of ``shape`` that ``axes`` do not name, in order."""
+    rank = len(shape)
+    if im.known(*axes):
+        gone = {im.axis_of(a, rank) for a in axes}
+        return [d for i, d in enumerate(shape) if i not in gone]
+    result: list[Any] = [1] * (rank - len(axes))
+    place: Any = 0
+    for axis, size in enumerate(shape):
+        kept = im.select(tirx.any(*[_is_axis(a, axis, rank) for a in axes]), 0, 1)
+        result = [
+            im.select(tirx.all(kept == 1, as_index(place) == k), size, d) for k, d in enumerate(result)
+        ]
+        place = place + kept
+    return result
 
 
 @TABLE.lowers("Unsqueeze")
 def unsqueeze(site: Site) -> Any:
     """Unsqueeze-25."""
-    shape, axes = site.shape(0), _fixed(site, 1, "axes")
-    for axis in sorted(im.axis_of(a, len(shape) + len(axes)) for a in axes):
-        shape.insert(axis, 1)
-    return site.reshape(site.tensor(0), shape)
+    shape, axes = site.shape(0), site.ints(1)
+    rank = len(shape) + len(axes)
+    if im.known(*axes):
+        for axis in sorted(im.axis_of(a, rank) for a in axes):
+            shape.insert(axis, 1)
+        return site.reshape(site.tensor(0), shape)
+    result: list[Any] = []
+    place: Any = 0
+    for axis in range(rank):
+        new = tirx.any(*[_is_axis(a, axis, rank) for a in axes])
+        size: Any = 1
+        for k, d in enumerate(shape):
+            size = im.select(as_index(place) == k, d, size)
+        result.append(im.select(new, 1, size))
+        place = place + im.select(new, 0, 1)
+    return site.reshape(site.tensor(0), site.settle(result))
 
 
 @TABLE.lowers("Transpose")
@@ -162,14 +198,20 @@ def slice_(site: Site) -> Any:
     """Slice-13: clamped starts and ends, negative steps, sizes known now or at run time."""
     shape = site.shape(0)
     starts, ends = site.ints(1), site.ints(2)
-    axes = [im.axis_of(a, len(shape)) for a in _fixed(site, 3, "axes")] if site.has(3) else range(len(starts))
+    axes = site.ints(3) if site.has(3) else list(range(len(starts)))
     steps = site.ints(4) if site.has(4) else [1] * len(starts)
     first: list[Any] = [0] * len(shape)
     stride: list[Any] = [1] * len(shape)
     result = list(shape)
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        first[axis], result[axis] = slice_range(site, start, end, step, shape[axis])
-        stride[axis] = step
+    for start, end, which, step in zip(starts, ends, axes, steps, strict=True):
+        for axis, size in enumerate(shape):
+            chosen = _is_axis(which, axis, len(shape))
+            if chosen is False:
+                continue
+            position, count = slice_range(site, start, end, step, size)
+            first[axis] = im.select(chosen, position, first[axis])
+            result[axis] = im.select(chosen, count, result[axis])
+            stride[axis] = im.select(chosen, step, stride[axis])
     result = site.settle(result)
     if all(site.prove_equal(a, b) for a, b in zip(result, shape, strict=True)) and all(
         im.known(s) and s == 1 for s in stride
@@ -254,11 +296,14 @@ def pad(site: Site) -> Any:
     """Pad-25: constant, reflect, edge, wrap. Negative amounts cut off first, the rest pads what remains."""
     shape = site.shape(0)
     amounts = site.ints(1)
-    axes = [im.axis_of(a, len(shape)) for a in _fixed(site, 3, "axes")] if site.has(3) else range(len(shape))
+    axes = site.ints(3) if site.has(3) else list(range(len(shape)))
     before: list[Any] = [0] * len(shape)
     after: list[Any] = [0] * len(shape)
-    for position, axis in enumerate(axes):
-        before[axis], after[axis] = amounts[position], amounts[position + len(amounts) // 2]
+    for position, which in enumerate(axes):
+        for axis in range(len(shape)):
+            chosen = _is_axis(which, axis, len(shape))
+            before[axis] = im.select(chosen, amounts[position], before[axis])
+            after[axis] = im.select(chosen, amounts[position + len(axes)], after[axis])
     result = site.settle([d + b + e for d, b, e in zip(shape, before, after, strict=True)])
     mode = site.attr("mode", "constant")
     if mode == "constant":

@@ -203,6 +203,8 @@ def clip_of_relu(node: oir.Node, ops: Ops) -> Outcome:
     inner = producer(outer[0], "Relu") if outer is not None else None
     if outer is None or inner is None or inner.inputs[0] is None or outer[2] < 0.0:
         return None
+    if not is_float(inner.inputs[0]):
+        return None
     return _checked(node, inner.inputs[0], _clip(ops, inner.inputs[0], max(outer[1], 0.0), outer[2]))
 
 

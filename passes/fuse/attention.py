@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as oir
 
 from optc.passes.fuse.attention_mask import Mask, Select, combine, uniform
-from optc.passes.fuse.pattern import integer, integers, is_float, leak, same_dim, scalings
+from optc.passes.fuse.pattern import integer, integers, is_float, leak, same_dim, same_shape, scalings
 from optc.passes.match import producer, rank
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule
 
@@ -61,7 +61,9 @@ def _selection(node: oir.Node, *, keep: bool) -> tuple[oir.Value | None, Mask | 
     condition = node.inputs[0]
     inner, filling = (node.inputs[1], node.inputs[2]) if keep else (node.inputs[2], node.inputs[1])
     fill = uniform(filling)
-    if condition is None or fill is None:
+    if condition is None or fill is None or inner is None or filling is None or filling.shape is None:
+        return None, None
+    if any(d != 1 for d in filling.shape) and not same_shape(filling, inner):
         return None, None
     return inner, Select(condition, fill, keep)
 
@@ -96,7 +98,7 @@ class _Layout:
         """Return ``Transpose(value, perm)``, merged with a Transpose that made ``value``."""
         before = producer(value, "Transpose")
         source = before.inputs[0] if before is not None else None
-        if before is not None and source is not None:
+        if before is not None and source is not None and source.shape is not None:
             inner = integers(before, "perm")
             perm, value = [inner[axis] for axis in perm], source
         if list(perm) == list(range(len(perm))):
@@ -169,8 +171,10 @@ def attention(node: oir.Node, ops: Ops) -> Outcome:
     if q.shape is None or kt.shape is None or v.shape is None:
         return Miss("the rank of queries, keys or values is not known")
     dims = len(q.shape)
-    if dims not in (3, 4) or len(kt.shape) != dims or len(v.shape) != dims or rank(found.q) != dims:
+    if dims not in (3, 4) or len(kt.shape) != dims or len(v.shape) != dims:
         return Miss(f"queries, keys and values have ranks {dims}, {len(kt.shape)} and {len(v.shape)}")
+    if rank(softmax.outputs[0]) != dims:
+        return Miss(f"a constant widens the scores to {softmax.outputs[0].shape}")
     if integer(softmax, "axis", -1) not in (-1, dims - 1):
         return Miss(f"the softmax runs over axis {integer(softmax, 'axis', -1)}, not over the keys")
     if q.dtype is None or q.dtype != kt.dtype or q.dtype != v.dtype:
@@ -180,6 +184,8 @@ def attention(node: oir.Node, ops: Ops) -> Outcome:
         return Miss(reason)
     layout = _Layout(ops)
     *_, (k, more_scale) = scalings(layout.transposed(kt, [*range(dims - 2), dims - 1, dims - 2]))
+    if rank(k) != dims:
+        return Miss(f"the rank of the keys '{k.name}' is {rank(k)}")
     heads = _repeated(k), _repeated(v)
     if heads[0] is not None and heads[1] is not None and heads[0][1] == heads[1][1]:
         k, v = heads[0][0], heads[1][0]

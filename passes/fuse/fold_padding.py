@@ -51,6 +51,8 @@ def _into(node: oir.Node, ops: Ops, fill: float, **changed: int) -> Outcome:
         return Miss(f"padding with {value:g}, where {node.op_type} pads with {fill:g}")
     if text(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return Miss("auto_pad depends on the padded size")
+    if integer(node, "ceil_mode", 0):
+        return Miss("with ceil_mode a window may not begin in padding, but it may in what Pad added")
     if (reason := leak(node, pad.inputs[0])) is not None:
         return Miss(reason)
     own = integers(node, "pads") or (0,) * len(amounts)
@@ -75,8 +77,6 @@ def pad_into_average_pool(node: oir.Node, ops: Ops) -> Outcome:
         return None
     if any(integers(node, "pads")) and not integer(node, "count_include_pad", 0):
         return Miss("the pool does not count its own padding, but would have to count that of Pad")
-    if integer(node, "ceil_mode", 0):
-        return Miss("with ceil_mode the last window may reach beyond all padding")
     return _into(node, ops, 0.0, count_include_pad=1)
 
 

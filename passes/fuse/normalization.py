@@ -131,7 +131,7 @@ def _normalized(ops: Ops, core: _Core, scale: oir.Value | None = None, bias: oir
 def normalization(node: oir.Node, ops: Ops) -> Outcome:
     """Fuse the core: layer (or instance) normalization where ``d = x - mean(x)``, else RMS normalization."""
     core = _core(node)
-    if core is None or not is_float(core.x):
+    if core is None or not is_float(core.x) or core.x.shape is None:
         return None
     if (reason := leak(node, core.x)) is not None:
         return Miss(reason)
@@ -147,7 +147,7 @@ def layer_norm_tensorflow(node: oir.Node, ops: Ops) -> Outcome:
             continue
         for x, factor in commuted(product):
             core = _tensorflow_core(x, factor, rest)
-            if core is None:
+            if core is None or x is None or x.shape is None or not is_float(x):
                 continue
             found, gamma = core
             beta = _parameter(ops, found, rest.inputs[0])

@@ -61,23 +61,35 @@ def _combine(node: oir.Node, ops: Ops, op_types: tuple[str, str]) -> Outcome:
         else:
             combined = c2 / c1
     combined = np.asarray(combined).astype(c1.dtype)
-    if not _is_healthy(combined, c1, c2):
+    if forward == "Add" and _may_round(c1, c2, combined):
+        return Miss("large constants that cancel may be there to round")
+    if not _is_healthy(combined, *((c1, c2) if forward == "Mul" else ())):
         return Miss("the combined constant overflows or vanishes")
     op_type = backward if forward == "Mul" and signs == (True, True) else forward
     return Rewrite([ops(op_type, x, ops.constant(combined))])
 
 
-def _is_healthy(result: np.ndarray, *operands: np.ndarray) -> bool:
-    """Tell whether a floating point result is finite, and normal unless an operand or the exact result is 0."""
+def _may_round(c1: np.ndarray, c2: np.ndarray, combined: np.ndarray) -> bool:
+    """Tell whether adding both constants may be the idiom ``(x + 2^23) - 2^23``, which rounds ``x``."""
+    if combined.dtype.kind in "iub":
+        return False
+    largest = max(float(np.abs(c).max(initial=0)) for c in (c1, c2))
+    cancels = np.abs(combined.astype(np.float64)).min(initial=np.inf) < largest
+    half_of_the_digits = 2.0 ** (11 if combined.dtype.itemsize > 2 else 3)
+    return bool(cancels) and largest > half_of_the_digits
+
+
+def _is_healthy(result: np.ndarray, *factors: np.ndarray) -> bool:
+    """Tell whether a float result is finite, and is no subnormal, nor 0 where it is a product of other numbers."""
     if result.dtype.kind in "iub":
         return True
     if not np.all(np.isfinite(result.astype(np.float64))):
         return False
     tiny = float(np.finfo(np.float32).tiny if result.dtype.itemsize > 2 else 1e-4)
     magnitude = np.abs(result.astype(np.float64))
-    return bool(np.all((magnitude == 0) | (magnitude >= tiny))) and not (
-        np.any(magnitude == 0) and all(np.all(o != 0) for o in operands)
-    )
+    if np.any((magnitude > 0) & (magnitude < tiny)):
+        return False
+    return not (factors and np.any(magnitude == 0) and all(np.all(f != 0) for f in factors))
 
 
 PASS = RewritePass("reassociate", [add_constants, multiply_constants])

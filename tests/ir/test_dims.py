@@ -3,7 +3,7 @@ from __future__ import annotations
 import onnx_ir as oir
 import pytest
 import sympy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optc.errors import InvalidModelError, IRError
@@ -91,6 +91,7 @@ def test_from_expr_keeps_the_value(expr: sympy.Expr, a: int, b: int) -> None:
     assert dims.evaluate(dims.to_expr(dim), sizes) == dims.evaluate(expr, sizes)
 
 
+@settings(max_examples=300)
 @given(expressions())
 def test_text_is_stable(expr: sympy.Expr) -> None:
     dim = dims.from_expr(expr)

@@ -183,3 +183,50 @@ def test_unique_keeps_the_rank_along_an_axis(canonical, value) -> None:
     size, other = texts(value(model, "y"))
     assert other == "n"
     assert size not in ("3", "n")
+
+
+def test_types_are_known_where_shapes_are_not(canonical, value) -> None:
+    model = canonical("g (float[6] x, int64[k] s) => (float[] y, int64[] z) { y = Reshape(x, s)\n z = Shape(y) }")
+    value(model, "y").type = value(model, "z").type = None
+    shapes.infer(model)
+    assert value(model, "y").shape is None
+    assert value(model, "y").dtype == oir.DataType.FLOAT
+    assert value(model, "z").dtype == oir.DataType.INT64
+
+
+# Node tests of onnx whose input sizes all become symbols: what is inferred must hold for the sizes of the test.
+SKIPPED = ("_expanded", "test_ai_onnx_ml", "test_training")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_symbolic_shapes_hold_for_the_node_tests_of_onnx() -> None:
+    from onnx.backend.test.case.node import collect_testcases
+
+    wrong: list[str] = []
+    known = 0
+    for case in collect_testcases(None):
+        if case.model is None or case.model.functions or any(part in case.name for part in SKIPPED):
+            continue
+        model = oir.serde.deserialize_model(case.model)
+        inputs, outputs = case.data_sets[0]
+        sizes: dict[str, int] = {}
+        for value, array in zip(model.graph.inputs, inputs, strict=False):
+            # Sizes of 0 are no symbol, and the length of a vector of axes or sizes decides ranks.
+            if value.shape is not None and isinstance(array, np.ndarray) and array.ndim == len(value.shape) > 1:
+                names = [f"{value.name}_{axis}" for axis in range(array.ndim)]
+                sizes.update(dict(zip(names, array.shape, strict=True)))
+                value.shape = oir.Shape([n if size else 0 for n, size in zip(names, array.shape, strict=True)])
+        shapes.infer(model)
+        for value, array in zip(model.graph.outputs, outputs, strict=True):
+            if not isinstance(array, np.ndarray) or value.shape is None or not isinstance(value.type, oir.TensorType):
+                continue
+            if len(value.shape) != array.ndim:
+                wrong.append(f"{case.name}: {value.shape} for {array.shape}")
+                continue
+            for dim, size in zip(value.shape, array.shape, strict=True):
+                if dims.names(str(dim)) <= sizes.keys():
+                    known += 1
+                    if dims.evaluate(dims.to_expr(dim), sizes) != size:
+                        wrong.append(f"{case.name}: {value.shape} for {array.shape} with {sizes}")
+    assert wrong == []
+    assert known > 2500

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as oir
 import pytest
+
 from optc.passes.simplify.fold_constants import PASS
 
 X = {"x": np.array([[1.0, -2.0, 3.0]], np.float32)}
@@ -14,7 +15,10 @@ FOLD = "op(constants) => constant"
 
 def test_folds_a_chain_on_a_weight(build, check):
     model = build(
-        "(float[b,3] x) => (float[b,4] y) { t = Transpose <perm=[1,0]> (w) u = Transpose <perm=[1,0]> (t) y = MatMul(x, u) }",
+        (
+            "(float[b,3] x) => (float[b,4] y) { t = Transpose <perm=[1,0]> (w) u = "
+            "Transpose <perm=[1,0]> (t) y = MatMul(x, u) }"
+        ),
         w=W,
     )
     check(model, PASS, X, fired={FOLD: 2}, ops=["MatMul"])
@@ -42,22 +46,60 @@ def test_identity_of_a_constant_output_settles(build):
 
 def test_several_outputs(build, check):
     model = build(
-        "(float[b,3] x) => (float[b,2] y) { p, q = Split <axis=1, num_outputs=2> (w) a = MatMul(x, p) c = MatMul(x, q) y = Add(a, c) }",
+        (
+            "(float[b,3] x) => (float[b,2] y) { p, q = Split <axis=1, num_outputs=2> (w) a = "
+            "MatMul(x, p) c = MatMul(x, q) y = Add(a, c) }"
+        ),
         w=W,
     )
     check(model, PASS, X, fired={FOLD: 1}, ops=["Add", "MatMul", "MatMul"])
 
 
 CASES = {
-    "Abs(w)": None, "Sqrt(p)": None, "Exp(w)": None, "Reciprocal(p)": None, "Relu(w)": None, "Sign(w)": None, "Erf(w)": None,
-    "Add(w, p)": None, "Sub(w, p)": None, "Mul(w, p)": None, "Div(w, p)": None, "Pow(p, w)": None, "Max(w, p)": None,
-    "Softmax(w)": None, "ReduceMean(w)": None, "Unsqueeze(w, i)": None, "Squeeze(u)": None, "Squeeze(u, zero)": None,
-    "Gather(w, i)": None, "Slice(w, i, j)": None, "Slice(w, j, neg, i, m1)": None, "Expand(w, shape)": None, "Tile(w, j)": None,
-    "Reshape(w, flat)": None, "Concat<axis=1>(w, p)": None, "Cast<to=11>(w)": "double", "Cast<to=7>(w)": "int64", "Where(c, w, p)": None,
-    "Div(k, k2)": "int64", "Mod(k, k2)": "int64", "Mod<fmod=1>(k, k2)": "int64", "Equal(w, p)": "bool", "Shape(w)": "int64",
-    "ConstantOfShape(j)": None, "Range(zero0, three0, one0)": "int64", "MatMul(w, wt)": None, "Floor(w)": None, "Not(c)": "bool",
-    "Clip(w, lo, hi)": None, "Trilu(w)": None, "Pad(w, pads)": None, "CumSum(w, zero0)": None, "Cast<to=16>(w)": "bfloat16",
-}  # fmt: skip
+    "Abs(w)": None,
+    "Sqrt(p)": None,
+    "Exp(w)": None,
+    "Reciprocal(p)": None,
+    "Relu(w)": None,
+    "Sign(w)": None,
+    "Erf(w)": None,
+    "Add(w, p)": None,
+    "Sub(w, p)": None,
+    "Mul(w, p)": None,
+    "Div(w, p)": None,
+    "Pow(p, w)": None,
+    "Max(w, p)": None,
+    "Softmax(w)": None,
+    "ReduceMean(w)": None,
+    "Unsqueeze(w, i)": None,
+    "Squeeze(u)": None,
+    "Squeeze(u, zero)": None,
+    "Gather(w, i)": None,
+    "Slice(w, i, j)": None,
+    "Slice(w, j, neg, i, m1)": None,
+    "Expand(w, shape)": None,
+    "Tile(w, j)": None,
+    "Reshape(w, flat)": None,
+    "Concat<axis=1>(w, p)": None,
+    "Cast<to=11>(w)": "double",
+    "Cast<to=7>(w)": "int64",
+    "Where(c, w, p)": None,
+    "Div(k, k2)": "int64",
+    "Mod(k, k2)": "int64",
+    "Mod<fmod=1>(k, k2)": "int64",
+    "Equal(w, p)": "bool",
+    "Shape(w)": "int64",
+    "ConstantOfShape(j)": None,
+    "Range(zero0, three0, one0)": "int64",
+    "MatMul(w, wt)": None,
+    "Floor(w)": None,
+    "Not(c)": "bool",
+    "Clip(w, lo, hi)": None,
+    "Trilu(w)": None,
+    "Pad(w, pads)": None,
+    "CumSum(w, zero0)": None,
+    "Cast<to=16>(w)": "bfloat16",
+}
 
 
 @pytest.mark.parametrize("expression", CASES)
@@ -88,7 +130,11 @@ def test_agrees_with_onnxruntime(build, check, expression):
     if "Slice(w, j, neg" in expression:
         constants["i"] = np.array([1])
     output = CASES[expression] or "float"
-    used = {name: value for name, value in constants.items() if name in expression.replace("(", " ").replace(")", " ").replace(",", " ").split()}
+    used = {
+        name: value
+        for name, value in constants.items()
+        if name in expression.replace("(", " ").replace(")", " ").replace(",", " ").split()
+    }
     cast = f"r = {expression} y = Cast <to=1> (r)" if output == "bfloat16" else f"y = {expression}"
     kind = "float" if output == "bfloat16" else output
     model = build(f"() => ({kind}[...] y) {{ {cast} }}".replace("[...]", ""), **used)

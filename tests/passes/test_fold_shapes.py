@@ -63,7 +63,8 @@ def test_paddle_style_flatten(build, check):
 
 def test_one_product_is_deduced(build, check):
     text = """(float[b,s,8] x) => (float[n,8] y) {
-      sh = Shape(x) bb = Gather(sh, i0) ss = Gather(sh, i1) n = Mul(bb, ss) t = Concat<axis=0>(n, h8) y = Reshape(x, t) }"""
+      sh = Shape(x) bb = Gather(sh, i0) ss = Gather(sh, i1) n = Mul(bb, ss) t = Concat<axis=0>(n, h8) y
+          = Reshape(x, t) }"""
     model = build(text, **constants(text))
     check(model, PASS, {"x": data(2, 3, 8)}, fired={RESHAPE: 1}, ops=["Reshape"])
 
@@ -78,7 +79,9 @@ def test_two_unknown_sizes_stay(build, check):
 def test_reshape_with_zero_and_allowzero_stays(build, check):
     text = """(float[b,0] x) => (float[0,b] y) {
       sh = Shape(x) bb = Gather(sh, i0) t = Concat<axis=0>(i0, bb) y = Reshape<allowzero=1>(x, t) }"""
-    result = check(build(text, **constants(text)), PASS, {"x": data(3, 0)}, ops=["Concat", "Gather", "Reshape", "Shape"])
+    result = check(
+        build(text, **constants(text)), PASS, {"x": data(3, 0)}, ops=["Concat", "Gather", "Reshape", "Shape"]
+    )
     assert any("size 0" in s.reason for s in result.skipped)
 
 
@@ -93,7 +96,10 @@ def test_expand_by_lower_rank_and_ones_is_removed(build, check):
 
 
 def test_expand_of_a_static_axis_gets_a_constant(build, check):
-    text = """(float[b,1] x) => (float[b,8] y) { sh = Shape(x) bb = Gather(sh, i0) t = Concat<axis=0>(bb, h8) y = Expand(x, t) }"""
+    text = (
+        "(float[b,1] x) => (float[b,8] y) { sh = Shape(x) bb = Gather(sh, i0) t = "
+        "Concat<axis=0>(bb, h8) y = Expand(x, t) }"
+    )
     check(build(text, **constants(text)), PASS, {"x": data(2, 1)}, fired={EXPAND: 1}, ops=["Expand"])
 
 
@@ -110,26 +116,34 @@ def test_expand_adding_an_axis_stays(build, check):
 
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_slice_near_the_end(build, check, k):
-    text = """(float[b,s] x) => (float[b,n] y) { sh = Shape(x) e0 = Gather(sh, i1) e = Sub(e0, k) y = Slice(x, i0, e, i1) }"""
+    text = (
+        "(float[b,s] x) => (float[b,n] y) { sh = Shape(x) e0 = Gather(sh, i1) e = Sub(e0, k) y = Slice(x, i0, e, i1) }"
+    )
     model = build(text, **constants(text, k=np.array([k])))
     feeds = tuple({"x": data(2, n)} for n in (1, 2, 3))
     check(model, PASS, {"x": data(2, 5)}, fired={SLICE: 1}, ops=["Slice"], more_feeds=feeds)
 
 
 def test_slice_beyond_the_end(build, check):
-    text = "(float[b,s] x) => (float[b,n] y) { sh = Shape(x) e0 = Gather(sh, i1) e = Add(e0, i3) y = Slice(x, i0, e, i1) }"
+    text = (
+        "(float[b,s] x) => (float[b,n] y) { sh = Shape(x) e0 = Gather(sh, i1) e = Add(e0, i3) y = Slice(x, i0, e, i1) }"
+    )
     check(build(text, **constants(text)), PASS, {"x": data(2, 5)}, fired={SLICE: 1}, ops=["Slice"])
 
 
 def test_slice_far_from_the_end_stays(build, check):
-    text = "(float[b,s] x) => (float[b,n] y) { sh = Shape(x) e0 = Gather(sh, i1) e = Sub(e0, i3) y = Slice(x, i0, e, i1) }"
+    text = (
+        "(float[b,s] x) => (float[b,n] y) { sh = Shape(x) e0 = Gather(sh, i1) e = Sub(e0, i3) y = Slice(x, i0, e, i1) }"
+    )
     model = build(text, **constants(text))
     result = check(model, PASS, {"x": data(2, 2)}, more_feeds=({"x": data(2, 7)},))
     assert SLICE not in result.fired
 
 
 def test_slice_at_half_stays(build, check):
-    text = "(float[b,s] x) => (float[b,n] y) { sh = Shape(x) e0 = Gather(sh, i1) e = Div(e0, i2) y = Slice(x, i0, e, i1) }"
+    text = (
+        "(float[b,s] x) => (float[b,n] y) { sh = Shape(x) e0 = Gather(sh, i1) e = Div(e0, i2) y = Slice(x, i0, e, i1) }"
+    )
     assert SLICE not in check(build(text, **constants(text)), PASS, {"x": data(2, 5)}).fired
 
 
@@ -237,8 +251,10 @@ def test_a_size_found_at_run_time_may_be_zero(build):
 
 def test_inside_a_branch(build, check):
     text = """(bool c, float[b,s,8] x) => (float[n,8] y) {
-      y = If (c) <then_branch = t () => (float[n1,8] p) { sh1 = Shape(x) b1 = Gather(sh1, i0) t1 = Concat<axis=0>(m1, h8) p = Reshape(x, t1) },
-                  else_branch = e () => (float[n2,8] q) { sh2 = Shape(x) b2 = Gather(sh2, i0) c2 = Gather(sh2, i1) m2 = Mul(b2, c2) t2 = Concat<axis=0>(m2, h8) q = Reshape(x, t2) }> }"""
+      y = If (c) <then_branch = t () => (float[n1,8] p) { sh1 = Shape(x) b1 = Gather(sh1, i0) t1 =
+          Concat<axis=0>(m1, h8) p = Reshape(x, t1) },
+                  else_branch = e () => (float[n2,8] q) { sh2 = Shape(x) b2 = Gather(sh2, i0) c2 =
+                  Gather(sh2, i1) m2 = Mul(b2, c2) t2 = Concat<axis=0>(m2, h8) q = Reshape(x, t2) }> }"""
     feeds = {"c": np.array(False), "x": data(2, 3, 8)}
     model = build(text, **constants(text))
     check(model, [PASS, dead_code.PASS], feeds, ops=["If", "Reshape", "Reshape"])

@@ -347,6 +347,21 @@ def test_keys_needed_elsewhere_do_not_matter(attempt):
     attempt(CORE + TAIL.format("z"), outputs=outputs, ops=["Transpose", "Attention"])
 
 
+@pytest.mark.parametrize("step", ["w = Add(z, five)", "w = Mul(z, five)"])
+def test_constant_that_widens_the_scores(step, attempt):
+    text = CORE + step + " p = Softmax<axis=-1>(w) y = MatMul(p, v)"
+    five = np.full((1,) * 5, 2, np.float32)
+    _, result = attempt(text, {}, outputs="float[1,b,2,t,4] y", five=five)
+    assert any("widens the scores" in skip.reason or "rank" in skip.reason for skip in result.skipped)
+
+
+def test_fill_that_widens_the_scores_stays(attempt, rng):
+    inputs = "float[1,2,t,4] q, float[1,2,s,4] k, float[1,2,s,4] v, bool[t,s] mask"
+    text = CORE + "w = Where(mask, z, fill) " + TAIL.format("w")
+    fill = np.full((3, 1, 1, 1), -np.inf, np.float32)
+    attempt(text, {}, inputs=inputs, outputs="float[3,2,t,4] y", feeds={"mask": kept(rng, 5, 7)}, fill=fill)
+
+
 def test_scale_that_is_computed_stays(attempt):
     text = "kt = Transpose<perm=[0,1,3,2]>(k) m = MatMul(q, kt) z = Mul(m, factor) " + TAIL.format("z")
     attempt(text, {}, inputs=HEADS + ", float[1] factor")

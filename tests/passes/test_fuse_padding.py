@@ -78,6 +78,7 @@ def test_max_pool(attempt):
         ("Pad(x, pads)", 'Conv<auto_pad="SAME_UPPER">(p, w)', {"pads": PADS}, "auto_pad"),
         ("Pad(x, pads)", "AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(p)", {"pads": PADS}, "does not count"),
         ("Pad(x, pads)", "AveragePool<kernel_shape=[3,3], ceil_mode=1>(p)", {"pads": PADS}, "ceil_mode"),
+        ("Pad(x, pads, inf)", "MaxPool<kernel_shape=[3,3], ceil_mode=1>(p)", {"pads": PADS, "inf": INF}, "ceil_mode"),
         ("Pad(x, pads)", "AveragePool<kernel_shape=[2,2]>(p)", {"pads": PADS}, "reach over the kernel"),
         ("Pad(x, pads)", "MaxPool<kernel_shape=[3,3]>(p)", {"pads": PADS}, "padding with 0"),
     ],

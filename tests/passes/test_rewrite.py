@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as oir
+
 from optc.ir import provenance
 from optc.passes.match import producer
 from optc.passes.rewrite import ANY, Miss, Ops, Outcome, Rewrite, RewritePass, rule
