@@ -262,7 +262,12 @@ def inherit_type(old: oir.Value, new: oir.Value) -> None:
         new.type = old.type
     if new.shape is None:
         new.shape = old.shape
-    elif old.shape is not None and len(old.shape) == len(new.shape) and old.shape != new.shape:
+    elif (
+        old.shape is not None
+        and len(old.shape) == len(new.shape)
+        and old.shape != new.shape
+        and not new.is_graph_input()  # the interface stays as it is
+    ):
         new.shape = oir.Shape([o if isinstance(o, int) else n for o, n in zip(old.shape, new.shape, strict=True)])
 
 

@@ -12,222 +12,122 @@ blocking of K. Extents may be symbolic: tiles that stick out read clamped rows a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import s_tir, tirx
+from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops
 from optc.backends.kernels.contraction import COLUMN_BLOCK, ROW_BLOCK, TEMPLATE
-from optc.backends.kernels.loops import load, loop, plain, replace, sequence, store
+from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
+from optc.backends.kernels.loops import load, loop, replace, sequence, store
 
 PANEL_BYTES = 256 * 1024
 """Bytes of packed columns that stay in the second-level cache while all rows pass over them."""
-_REDUCTION = 2
-
-
-@dataclass(frozen=True)
-class Axes:
-    """A run of neighbouring axes that is treated as one: its variables, their extents and the product."""
-
-    variables: list[Any]
-    extents: list[Any]
-
-    @property
-    def total(self) -> Any:
-        """The number of positions."""
-        return loops.product(self.extents)
-
-    def at(self, flat: Any) -> dict[Any, Any]:
-        """Return the value of each variable at flat position ``flat``."""
-        return dict(zip(self.variables, loops.unravel(flat, self.extents), strict=True)) if self.variables else {}
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """What the schedule needs to know of a function."""
-
-    function: Any
-    batch: Axes
-    rows: Axes
-    columns: Axes
-    reduced: Axes
-    row_operand: Any
-    column_operand: Any
-    padded: str
-    accumulator: Any
-    output: Any
-    epilogue: Any
 
 
 def schedule(function: Any, target: Target) -> Any:
     """Return ``function`` as a tiled loop nest, or None if it is not one annotated contraction with its epilogue."""
-    found = analyze(function)
-    return None if found is None else Generator(found, target).function()
-
-
-def analyze(function: Any) -> Contraction | None:
-    """Inline everything around the contraction and take it apart; None if something does not fit."""
-    sch = s_tir.Schedule(function, enable_check=False, error_render_level="none")
-    root = sch.get_sblock("root")
-    marked = [b for b in sch.get_child_blocks(root) if sch.get(b).annotations.get("optc.template") == TEMPLATE]
-    outputs = sch.get_output_blocks(root)
-    if len(marked) != 1 or len(outputs) != 1:
+    fused = take_apart(function, TEMPLATE)
+    if fused is None or fused.padding is not None:
         return None
-    core, out = marked[0], outputs[0]
-    ends = [sch.get(core), sch.get(out)]
-    others = [b for b in sch.get_child_blocks(root) if not any(sch.get(b).same_as(end) for end in ends)]
-    for block in others:
-        try:
-            sch.compute_inline(block)
-        except s_tir.ScheduleError:
-            return None
-    return _describe(function, sch.get(core), sch.get(out))
-
-
-def _describe(function: Any, core: Any, out: Any) -> Contraction | None:
-    spatial = [v for v in core.iter_vars if int(v.iter_type) != _REDUCTION]
-    reduced = [v for v in core.iter_vars if int(v.iter_type) == _REDUCTION]
-    value = core.body.value
+    value = fused.core.body.value
     if not isinstance(value, tirx.Add) or not isinstance(value.b, tirx.Mul):
         return None
-    rows = [int(i) for i in core.annotations["optc.rows"]]
-    columns = [int(i) for i in core.annotations["optc.columns"]]
-    batch = [i for i in range(len(spatial)) if i not in rows and i not in columns]
-    variables = [v.var for v in spatial]
-    accumulator = core.body.buffer
-    if core.same_as(out):
-        epilogue: Any = load_of(accumulator, variables)
-        target_buffer = accumulator
-    else:
-        renamed = _rename(out, spatial, accumulator)
-        if renamed is None:
-            return None
-        epilogue, target_buffer = renamed, out.body.buffer
-
-    def axes(positions: Sequence[int]) -> Axes:
-        return Axes([spatial[i].var for i in positions], [plain(spatial[i].dom.extent) for i in positions])
-
-    return Contraction(
-        function,
-        axes(batch),
-        axes(rows),
-        axes(columns),
-        Axes([v.var for v in reduced], [plain(v.dom.extent) for v in reduced]),
-        value.b.a,
-        value.b.b,
-        str(core.annotations["optc.padded"]),
-        accumulator,
-        target_buffer,
-        epilogue,
-    )
+    return _Generator(fused, target).function()
 
 
-def load_of(buffer: Any, indices: Sequence[Any]) -> Any:
-    """Return ``buffer[indices]``."""
-    return tirx.BufferLoad(buffer, list(indices))
-
-
-def _rename(out: Any, spatial: list[Any], accumulator: Any) -> Any:
-    """Return the value that block ``out`` stores, in the variables of the contraction; None if not element-wise."""
-    own, variables = [v.var for v in out.iter_vars], [v.var for v in spatial]
-    if len(own) != len(variables) or any(int(v.iter_type) == _REDUCTION for v in out.iter_vars):
-        return None
-    # Padding behind the data reads the same indices, but stores more elements than the contraction has.
-    extents = [(a.dom.extent, b.dom.extent) for a, b in zip(out.iter_vars, spatial, strict=True)]
-    if not all(tvm_ffi.structural_equal(a, b) for a, b in extents):
-        return None
-    if not _same(out.body.indices, own):
-        return None
-    reads: list[Any] = []
-    tvm_ffi.structural_walk(out.body.value, (tvm.ir.TensorLoad, lambda x: reads.append(x)))
-    if not all(_same(x.indices, own) for x in reads if x.source.same_as(accumulator)):
-        return None
-    return replace(out.body.value, dict(zip(own, variables, strict=True)))
-
-
-def _same(indices: Any, variables: Sequence[Any]) -> bool:
-    return len(indices) == len(variables) and all(i.same_as(v) for i, v in zip(indices, variables, strict=True))
-
-
-class Generator:
+class _Generator:
     """Writes the loop nest of one contraction for one target."""
 
-    def __init__(self, contraction: Contraction, target: Target) -> None:
-        self.c = contraction
-        self.dtype = str(contraction.accumulator.dtype)
-        self.analyzer = tvm.sym.Analyzer()
-        self.lanes = max(1, target.vector_bits // _bits(self.dtype))
-        self.r, self.n = contraction.rows.total, contraction.columns.total
-        self.k, self.b = contraction.reduced.total, contraction.batch.total
+    def __init__(self, fused: Fused, target: Target) -> None:
+        self.reader = Reader(fused)
+        self.row_operand, self.column_operand = fused.core.body.value.b.a, fused.core.body.value.b.b
+        self.padded = str(fused.core.annotations["optc.padded"])
+        rows = [int(i) for i in fused.core.annotations["optc.rows"]]
+        columns = [int(i) for i in fused.core.annotations["optc.columns"]]
+        batch = [i for i in range(len(fused.spatial.variables)) if i not in rows and i not in columns]
+        self.rows, self.columns, self.batch = (self._pick(fused, axes) for axes in (rows, columns, batch))
+        self.reduced = fused.reduced
+        self.dtype = str(fused.accumulator.dtype)
+        self.r, self.n = self.rows.total, self.columns.total
+        self.k, self.b = self.reduced.total, self.batch.total
         self.mr, self.nr = self._tile()
-        self.lanes = min(self.lanes, self.nr)
-        self.views: dict[Any, Any] = {}
+        self.lanes = min(max(1, target.vector_bits // bits(self.dtype)), self.nr)
         self.tiles = loops.ceildiv(self.n, self.nr)
         self.row_tiles = loops.ceildiv(self.r, self.mr)
+
+    @staticmethod
+    def _pick(fused: Fused, positions: list[int]) -> Axes:
+        axes = fused.spatial
+        return Axes([axes.variables[i] for i in positions], [axes.extents[i] for i in positions])
 
     def _tile(self) -> tuple[int, int]:
         """Choose the register tile: least work in partial row tiles, taller tiles preferred."""
         rows, columns = loops.static(self.r), loops.static(self.n)
         few = columns is not None and columns <= COLUMN_BLOCK // 2
-        if self.c.padded == "columns":
-            candidates = [(m, COLUMN_BLOCK) for m in (6, 5, 4, 3, 2, 1)]
-        elif self.c.padded == "rows":
-            candidates = [(2 * ROW_BLOCK, 8) if few else (ROW_BLOCK, COLUMN_BLOCK)]
-        else:
-            candidates = [(m, 8 if few else COLUMN_BLOCK) for m in (6, 5, 4, 3, 2, 1)]
-
-        def cost(tile: tuple[int, int]) -> float:
-            m = tile[0]
-            work = 1.0 if rows is None else -(-rows // m) * m / max(rows, 1)
-            return work * (1 + 0.3 / m)
-
-        if rows is not None and rows < ROW_BLOCK and self.c.padded == "rows":
-            return max(rows, 1), COLUMN_BLOCK
-        return min(candidates, key=cost)
+        if self.padded == "rows":
+            if rows is not None and rows < ROW_BLOCK:
+                return max(rows, 1), COLUMN_BLOCK
+            return (2 * ROW_BLOCK, COLUMN_BLOCK // 2) if few else (ROW_BLOCK, COLUMN_BLOCK)
+        wide = COLUMN_BLOCK // 2 if few and self.padded != "columns" else COLUMN_BLOCK
+        if rows is None:
+            return ROW_BLOCK, wide
+        return min(range(ROW_BLOCK, 0, -1), key=lambda m: -(-rows // m) * m * (1 + 0.3 / m)), wide
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
-        body = self._packed_columns() if self.c.padded == "columns" else self._chunks()
-        views = [tirx.DeclBuffer(view, data=buffer.data) for buffer, view in self.views.items()]
-        return self.c.function.with_body(sequence(*views, body))
+        return self.reader.finish(self._packed_columns() if self.padded == "columns" else self._chunks())
 
     def _packed_columns(self) -> Any:
-        """Columns are packed already: column tiles outside, all rows inside (rows outside if there are few columns)."""
+        """Columns are packed already: column tiles outside, all rows inside (rows outside if columns are few)."""
         over_rows = (loops.static(self.tiles) or 8) < 4
 
         def tile(b: Any, t: Any, r: Any) -> Any:
-            places = {**self.c.batch.at(b)}
-            return self._micro(places, r, t, lambda k, lane: self._value(
-                self.c.column_operand, {**places, **self.c.columns.at(t * self.nr + lane)}, k=k,
-                flat=[(self.c.columns, t * self.nr + lane)],
-            ))
+            places = self.batch.at(b)
+
+            def column(k: Any, lane: Any) -> Any:
+                position = t * self.nr + lane
+                where = {**places, **self.columns.at(position), **self.reduced.at(k)}
+                flat = [(self.columns, position), (self.reduced, k)]
+                return self.reader.value(self.column_operand, where, flat=flat)
+
+            return self._micro(places, r, t, column)
 
         outer, inner = (self.row_tiles, self.tiles) if over_rows else (self.tiles, self.row_tiles)
-        return loop("tile", self.b * outer, lambda o: loop("inner", inner, lambda i: tile(
-            o // outer if self.b != 1 else 0,
-            i if over_rows else _mod(o, outer, self.b),
-            _mod(o, outer, self.b) if over_rows else i,
-        )), "parallel")
+
+        def task(o: Any) -> Any:
+            b, position = self._split(o, outer)
+            if over_rows:
+                return loop("inner", inner, lambda i: tile(b, i, position))
+            return loop("inner", inner, lambda i: tile(b, position, i))
+
+        return loop("tile", self.b * outer, task, "parallel")
+
+    def _split(self, task: Any, inner: Any) -> tuple[Any, Any]:
+        """Return batch and inner position of a parallel task."""
+        if loops.static(self.b) == 1:
+            return loops.index(0), task
+        return task // inner, task % inner
 
     def _chunks(self) -> Any:
+        """Pack a chunk of columns, pass all rows over it."""
         count = self._chunk_tiles()
         chunks = loops.ceildiv(self.tiles, count)
 
         def chunk(o: Any) -> Any:
-            b = o // chunks if self.b != 1 else 0
-            first = _mod(o, chunks, self.b) * count
+            b, position = self._split(o, chunks)
+            first = position * count
             here = loops.smaller(count, self.tiles - first) if count != 1 else 1
-            places = self.c.batch.at(b)
+            places = self.batch.at(b)
             panel, allocate = loops.scratch("panel", self.k * (count * self.nr), self.dtype, "global")
 
             def micro(r: Any, t: Any) -> Any:
-                return self._micro(places, r, first + t, lambda k, lane: load(
-                    panel, (t * self.k + k) * self.nr + lane))
+                return self._micro(
+                    places, r, first + t, lambda k, lane: load(panel, (t * self.k + k) * self.nr + lane)
+                )
 
             return sequence(
                 allocate,
@@ -240,20 +140,19 @@ class Generator:
     def _chunk_tiles(self) -> int:
         """Return how many column tiles are packed together."""
         depth, tiles = loops.static(self.k), loops.static(self.tiles)
-        fit = 4 if depth is None else PANEL_BYTES // max(1, depth * self.nr * _bits(self.dtype) // 8)
+        fit = 4 if depth is None else PANEL_BYTES // max(1, depth * self.nr * bits(self.dtype) // 8)
         if tiles is None:
             return max(1, min(fit, 8))
-        batch = loops.static(self.b)
-        if batch == 1:
+        if loops.static(self.b) == 1:
+            # Two tasks at least, for two threads.
             fit = min(fit, -(-tiles // 2))
         fit = max(1, min(fit, tiles))
-        return -(-tiles // -(-tiles // fit))
+        return max(1, -(-tiles // max(1, -(-tiles // fit))))
 
     def _pack(self, places: dict[Any, Any], panel: Any, first: Any, t: Any) -> Any:
-        """Copy one column tile into its panel."""
-        start = (first + t) * self.nr
-        columns, lanes = self.c.columns, self.lanes
-        last = columns.variables[-1]
+        """Copy one column tile into its panel, vector by vector where neighbours in memory allow it."""
+        start, lanes, columns = (first + t) * self.nr, self.lanes, self.columns
+        contiguous = self._contiguous()
 
         def copy(vector: bool, segment: Any) -> Any:
             c = start + segment * lanes
@@ -261,221 +160,128 @@ class Generator:
             def element(k: Any, at_k: dict[Any, Any], lane: Any) -> Any:
                 column = c + lane if vector else loops.smaller(c + lane, self.n - 1)
                 where = columns.at(column)
-                if vector and len(columns.variables) > 1:
+                if vector and contiguous == "row":
                     where = columns.at(c)
-                    where[last] = where[last] + lane
-                value = self._value(self.c.column_operand, {**places, **where, **at_k}, flat=[(columns, column)])
+                    where[columns.variables[-1]] = where[columns.variables[-1]] + lane
+                value = self.reader.value(
+                    self.column_operand, {**places, **where, **at_k}, flat=[(columns, column)]
+                )
                 return store(panel, (t * self.k + k) * self.nr + segment * lanes + lane, value)
 
-            return self._reduced(lambda k, at_k: self._lanewise(
-                lambda lane: element(k, at_k, lane), "vectorized" if vector else "unrolled"))
+            kind = "vectorized" if vector else "unrolled"
+            return self._over_reduced(
+                lambda k, at_k: self.reader.lanewise(lanes, lambda lane: element(k, at_k, lane), kind)
+            )
 
         def segment(v: Any) -> Any:
-            contiguous = self._contiguous()
             if contiguous is None:
                 return copy(False, v)
-            c = start + v * lanes
-            inside = loops.index(c + lanes) <= loops.index(self.n)
-            if contiguous == "row":
-                inside = tirx.all(inside, loops.index(c) % loops.index(columns.extents[-1]) + lanes
-                                  <= loops.index(columns.extents[-1]))
-            if loops.static(self.n) is not None and contiguous == "flat" and self.n % self.nr == 0:
+            if contiguous == "flat" and loops.static(self.n) is not None and self.n % self.nr == 0:
                 return copy(True, v)
+            c = loops.index(start + v * lanes)
+            inside = c + lanes <= loops.index(self.n)
+            if contiguous == "row":
+                width = loops.index(columns.extents[-1])
+                inside = tirx.all(inside, c % width + lanes <= width)
             return tirx.IfThenElse(inside, copy(True, v), copy(False, v))
 
         return loop("segment", self.nr // lanes, segment)
 
     def _contiguous(self) -> str | None:
         """Tell whether neighbouring columns are neighbours in memory: all ("flat"), within a "row", or None."""
-        columns = self.c.columns
+        reader, columns = self.reader, self.columns
         calls: list[Any] = []
-        tvm_ffi.structural_walk(self.c.column_operand, (tvm.ir.Call, lambda call: calls.append(call)))
+        tvm_ffi.structural_walk(self.column_operand, (tvm.ir.Call, lambda call: calls.append(call)))
         if calls:
             return None
         loads: list[Any] = []
-        tvm_ffi.structural_walk(self.c.column_operand, (tvm.ir.TensorLoad, lambda x: loads.append(x)))
-        if all(self._collapse(x, columns) is not None or not loops.uses(x, columns.variables) for x in loads):
+        tvm_ffi.structural_walk(self.column_operand, (tvm.ir.TensorLoad, lambda x: loads.append(x)))
+        if all(reader.collapse(x, columns) is not None for x in loads):
             flat = tirx.Var("flat", "int64")
-            units = [self._step(replace(x, {}, lambda y: self._flatten(y, [(columns, flat)])).indices[0], flat)
-                     for x in loads]
-            return "flat" if all(units) else None
-        steps = [self._step(self._flatten(x, []).indices[0], columns.variables[-1]) for x in loads]
-        return "row" if all(steps) else None
+            # A run of one axis is not replaced by its flat position, so its variable is.
+            names = {columns.variables[0]: flat} if len(columns.variables) == 1 else {}
+            offsets = [replace(reader.flatten(x, [(columns, flat)]).indices[0], names) for x in loads]
+            return "flat" if all(reader.unit_step(offset, flat) for offset in offsets) else None
+        last = columns.variables[-1]
+        return "row" if all(reader.unit_step(reader.flatten(x, []).indices[0], last) for x in loads) else None
 
-    def _step(self, offset: Any, variable: Any) -> bool:
-        """Tell whether ``offset`` grows by one with ``variable``."""
-        difference = self.analyzer.simplify(_advance(offset, variable) - offset)
-        return loops.static(difference) == 1
-
-    def _micro(self, places: dict[Any, Any], r: Any, t: Any, column: Any) -> Any:
-        """Return the register tile of row tile ``r`` and column tile ``t``, with its epilogue."""
-        mr, nr, lanes = self.mr, self.nr, self.lanes
-        acc, allocate = loops.scratch("acc", mr * nr, self.dtype)
-        vectors = [(i, v) for i in range(mr) for v in range(nr // lanes)]
-        exact = loops.static(self.r) is not None and self.r % mr == 0
-
-        def row(i: int, k: Any) -> Any:
-            position = r * mr + i
-            if self.c.padded != "rows" and not exact:
-                position = loops.smaller(position, self.r - 1)
-            return self._value(self.c.row_operand, {**places, **self.c.rows.at(position)}, k=k,
-                               flat=[(self.c.rows, position)])
-
-        lanewise = self._lanewise
-        zero = sequence(*(lanewise(lambda lane, i=i, v=v: store(
-            acc, i * nr + v * lanes + lane, tirx.const(0, self.dtype))) for i, v in vectors))
-
-        def update(k: Any) -> Any:
-            return sequence(*(lanewise(lambda lane, i=i, v=v: store(
-                acc, i * nr + v * lanes + lane,
-                load(acc, i * nr + v * lanes + lane) + row(i, k) * column(k, v * lanes + lane),
-            )) for i, v in vectors))
-
-        return sequence(allocate, zero, loop("k", self.k, update), self._store(places, r, t, acc, exact))
-
-    def _lanewise(self, make: Any, kind: str = "vectorized") -> Any:
-        """Return a loop over the lanes of one vector."""
-
-        def body(lane: Any) -> Any:
-            if isinstance(lane, tvm.ir.Var):
-                self.analyzer.bind(lane, tvm.ir.Range(loops.index(0), loops.index(self.lanes)))
-            return make(lane)
-
-        return loop("lane", self.lanes, body, kind)
-
-    def _store(self, places: dict[Any, Any], r: Any, t: Any, acc: Any, exact: bool) -> Any:
-        mr, nr, lanes = self.mr, self.nr, self.lanes
-        full_columns = loops.static(self.n) is not None and self.n % nr == 0
-
-        def put(source: Any, i: Any, column: Any, position: Any) -> Any:
-            row = r * mr + i
-            where = {**places, **self.c.rows.at(row), **self.c.columns.at(column)}
-            flat = [(self.c.rows, row), (self.c.columns, column)]
-            value = self._value(self.c.epilogue, where, flat=flat, accumulated=load(source, position))
-            slot = self._value(load_of(self.c.output, self._variables()), where, flat=flat)
-            return tirx.BufferStore(slot.source, value, list(slot.indices))
-
-        def guarded(i: Any, statement: Any) -> Any:
-            return statement if exact else tirx.IfThenElse(
-                loops.index(r * mr + i) < loops.index(self.r), statement, None)
-
-        whole = sequence(*(guarded(i, sequence(*(
-            self._lanewise(lambda lane, i=i, v=v: put(
-                acc, i, t * nr + v * lanes + lane, i * nr + v * lanes + lane))
-            for v in range(nr // lanes)))) for i in range(mr)))
-        if full_columns:
-            return whole
-        tail, allocate = loops.scratch("tail", mr * nr, self.dtype)
-        copies = [self._lanewise(lambda lane, p=p: store(tail, p * lanes + lane, load(acc, p * lanes + lane)))
-                  for p in range(mr * nr // lanes)]
-        partial = sequence(allocate, *copies, loop("i", mr, lambda i: guarded(i, loop(
-            "j", loops.smaller(nr, self.n - t * nr),
-            lambda j: put(tail, i, t * nr + j, i * nr + j)))))
-        inside = loops.index((t + 1) * nr) <= loops.index(self.n)
-        return tirx.IfThenElse(inside, whole, partial)
-
-    def _variables(self) -> list[Any]:
-        axes = [v for group in (self.c.batch, self.c.rows, self.c.columns) for v in group.variables]
-        order = {v: i for i, v in enumerate(self._spatial_order())}
-        return sorted(axes, key=lambda v: order[v])
-
-    def _spatial_order(self) -> list[Any]:
-        found: list[Any] = []
-
-        def visit(x: Any) -> None:
-            if x.source.same_as(self.c.accumulator) and not found:
-                found.extend(x.indices)
-
-        tvm_ffi.structural_walk(self.c.epilogue, (tvm.ir.TensorLoad, visit))
-        return found
-
-    def _reduced(self, body: Any) -> Any:
+    def _over_reduced(self, body: Any) -> Any:
         """Loops over the reduced axes, giving the flat position and the value of each variable."""
-        axes = self.c.reduced
+        axes = self.reduced
 
         def nest(position: int, flat: Any, at: dict[Any, Any]) -> Any:
             if position == len(axes.variables):
                 return body(flat, at)
-            extent = axes.extents[position]
-            return loop("k", extent, lambda k: nest(
-                position + 1, flat * extent + k, {**at, axes.variables[position]: k}))
+            extent, variable = axes.extents[position], axes.variables[position]
+            return loop("k", extent, lambda k: nest(position + 1, flat * extent + k, {**at, variable: k}))
 
         return nest(0, loops.index(0), {})
 
-    def _value(
-        self,
-        expression: Any,
-        places: dict[Any, Any],
-        *,
-        flat: Sequence[tuple[Axes, Any]] = (),
-        k: Any = None,
-        accumulated: Any = None,
-    ) -> Any:
-        """Evaluate an expression of the function at ``places``, with loads from flat views of the buffers."""
-        known = dict(places)
-        runs = list(flat)
-        if k is not None:
-            known.update(self.c.reduced.at(k))
-            runs.append((self.c.reduced, k))
+    def _micro(self, places: dict[Any, Any], r: Any, t: Any, column: Any) -> Any:
+        """Return the register tile of row tile ``r`` and column tile ``t``, with its epilogue."""
+        nr, lanes = self.nr, self.lanes
+        acc, allocate = loops.scratch("acc", self.mr * nr, self.dtype)
+        vectors = [(i, v * lanes) for i in range(self.mr) for v in range(nr // lanes)]
+        exact = loops.static(self.r) is not None and self.r % self.mr == 0
 
-        def on_load(x: Any) -> Any:
-            if x.source.same_as(self.c.accumulator) and accumulated is not None:
-                return accumulated
-            return self._flatten(x, runs)
+        def row(i: int, k: Any) -> Any:
+            position = r * self.mr + i
+            if self.padded != "rows" and not exact:
+                position = loops.smaller(position, self.r - 1)
+            where = {**places, **self.rows.at(position), **self.reduced.at(k)}
+            return self.reader.value(self.row_operand, where, flat=[(self.rows, position), (self.reduced, k)])
 
-        result = replace(expression, known, on_load)
-        if isinstance(result, tvm.ir.TensorLoad):
-            return load(result.source, self.analyzer.simplify(result.indices[0]))
-        return result
+        def clear(i: int, v: int) -> Any:
+            zero = tirx.const(0, self.dtype)
+            return self.reader.lanewise(lanes, lambda lane: store(acc, i * nr + v + lane, zero))
 
-    def _flatten(self, x: Any, runs: Sequence[tuple[Axes, Any]]) -> Any:
-        """Return a load from the flat view of its buffer; whole runs of axes become their flat position."""
-        if x.source in self.views.values():
-            return x
-        indices, extents = list(x.indices), [plain(e) for e in x.source.shape]
-        for axes, position in runs:
-            start = self._collapse(load_of(x.source, x.indices), axes) if len(axes.variables) > 1 else None
-            if start is None:
-                continue
-            start = next(i for i, value in enumerate(indices) if value.same_as(axes.variables[0]))
-            stop = start + len(axes.variables)
-            extents[start:stop] = [loops.product(extents[start:stop])]
-            indices[start:stop] = [loops.index(position)]
-        offset: Any = loops.index(0)
-        for value, extent in zip(indices, extents, strict=True):
-            offset = offset * loops.index(extent) + value
-        return load(self._view(x.source), offset)
+        def update(i: int, v: int, k: Any) -> Any:
+            def element(lane: Any) -> Any:
+                at = i * nr + v + lane
+                return store(acc, at, load(acc, at) + row(i, k) * column(k, v + lane))
 
-    def _view(self, buffer: Any) -> Any:
-        if buffer not in self.views:
-            size = loops.product(buffer.shape)
-            self.views[buffer] = tirx.decl_buffer([loops.index(size)], str(buffer.dtype), f"{buffer.name}_flat")
-        return self.views[buffer]
+            return self.reader.lanewise(lanes, element)
 
-    def _collapse(self, x: Any, axes: Axes) -> int | None:
-        """Return where a load indexes with exactly the variables of ``axes`` in a row over equal extents, or None."""
-        indices = list(x.indices)
-        first, count = axes.variables[0], len(axes.variables)
-        starts = [i for i, value in enumerate(indices) if value.same_as(first)]
-        if len(starts) != 1 or not _same(indices[starts[0] : starts[0] + count], axes.variables):
-            return None
-        start = starts[0]
-        rest = indices[:start] + indices[start + count :]
-        inner = list(x.source.shape)[start + 1 : start + count]
-        equal = all(self.analyzer.can_prove_equal(loops.index(a), loops.index(b))
-                    for a, b in zip(inner, axes.extents[1:], strict=True))
-        return start if equal and not any(loops.uses(i, axes.variables) for i in rest) else None
+        return sequence(
+            allocate,
+            *(clear(i, v) for i, v in vectors),
+            loop("k", self.k, lambda k: sequence(*(update(i, v, k) for i, v in vectors))),
+            self._store(places, r, t, acc, exact),
+        )
 
+    def _store(self, places: dict[Any, Any], r: Any, t: Any, acc: Any, exact: bool) -> Any:
+        """Return the epilogue: vectors in a whole column tile, element by element in the last, partial one."""
+        mr, nr, lanes = self.mr, self.nr, self.lanes
 
-def _advance(offset: Any, variable: Any) -> Any:
-    """Return ``offset`` with ``variable`` one larger."""
-    fresh = tirx.Var("next", "int64")
-    return replace(replace(offset, {variable: fresh}), {fresh: variable + 1})
+        def put(source: Any, i: Any, j: Any) -> Any:
+            row, column = r * mr + i, t * nr + j
+            where = {**places, **self.rows.at(row), **self.columns.at(column)}
+            flat = [(self.rows, row), (self.columns, column)]
+            return self.reader.store(where, flat, load(source, i * nr + j))
 
+        def guarded(i: Any, statement: Any) -> Any:
+            if exact:
+                return statement
+            return tirx.IfThenElse(loops.index(r * mr + i) < loops.index(self.r), statement, None)
 
-def _mod(value: Any, extent: Any, batch: Any) -> Any:
-    return value if batch == 1 else value % extent
+        def vectors(i: int) -> Any:
+            return sequence(
+                *(
+                    self.reader.lanewise(lanes, lambda lane, v=v: put(acc, i, v * lanes + lane))
+                    for v in range(nr // lanes)
+                )
+            )
 
-
-def _bits(dtype: str) -> int:
-    return int("".join(ch for ch in dtype if ch.isdigit()) or 8)
+        whole = sequence(*(guarded(i, vectors(i)) for i in range(mr)))
+        if loops.static(self.n) is not None and self.n % nr == 0:
+            return whole
+        # Indexed by a variable, the accumulators would leave their registers: copy them first.
+        tail, allocate = loops.scratch("tail", mr * nr, self.dtype)
+        copies = [
+            self.reader.lanewise(lanes, lambda lane, p=p: store(tail, p + lane, load(acc, p + lane)))
+            for p in range(0, mr * nr, lanes)
+        ]
+        here = loops.smaller(nr, self.n - t * nr)
+        partial = loop("i", mr, lambda i: guarded(i, loop("j", here, lambda j: put(tail, i, j))))
+        inside = loops.index((t + 1) * nr) <= loops.index(self.n)
+        return tirx.IfThenElse(inside, whole, sequence(allocate, *copies, partial))

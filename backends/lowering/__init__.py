@@ -7,6 +7,7 @@ from optc.backends.lowering import (
     comparisons,
     control_flow,
     convolution,
+    data_dependent,
     einsum,
     elementwise,
     indexing,
@@ -17,6 +18,8 @@ from optc.backends.lowering import (
     quantization,
     reductions,
     resize,
+    scatter,
+    sorting,
     tensor,
 )
 from optc.backends.lowering.table import merge
@@ -27,6 +30,7 @@ TABLE = merge(
         comparisons.TABLE,
         control_flow.TABLE,
         convolution.TABLE,
+        data_dependent.TABLE,
         einsum.TABLE,
         elementwise.TABLE,
         indexing.TABLE,
@@ -37,6 +41,8 @@ TABLE = merge(
         quantization.TABLE,
         reductions.TABLE,
         resize.TABLE,
+        scatter.TABLE,
+        sorting.TABLE,
         tensor.TABLE,
     ]
 )

@@ -23,8 +23,6 @@ SLICE = "slice(x, 0, dim) => slice(x, constant)"
 RESIZE = "resize(x, sizes = k * dims) => resize(x, scales = k)"
 MERGE = "equal shape arithmetic => the first"
 
-_OPEN_END = np.iinfo(np.int64).max
-
 
 class FoldShapes(Pass):
     """See the module. The contents of all values are evaluated once per call."""
@@ -40,7 +38,8 @@ class FoldShapes(Pass):
 
     def without(self, names: frozenset[str]) -> Pass:
         """Return this pass without the rules called ``names``."""
-        return FoldShapes(self.disabled | names.intersection(self.rule_names()))
+        found = names.intersection(self.rule_names())
+        return FoldShapes(self.disabled | found) if found else self
 
     def call(self, model: oir.Model) -> PassResult:
         """Run on a canonical model whose shapes are inferred."""
@@ -77,6 +76,8 @@ class _Rules:
             array = self.contents.get(value)
             if array is None or value.dtype is None or not all(isinstance(e, int) for e in array.reshape(-1)):
                 return None
+            if not all(_fits(e, value.dtype) for e in array.reshape(-1)):
+                return Miss("the arithmetic overflows")
             arrays.append(array.astype(value.dtype.numpy()))
         if node.op_type == "Identity":
             return None
@@ -133,8 +134,9 @@ class _Rules:
         start = self.contents.integers(starts)
         axes = self.contents.integers(rest[0]) if rest else list(range(len(end or ())))
         steps = self.contents.integers(rest[1]) if len(rest) > 1 else [1] * len(end or ())
-        if end is None or start is None or dims is None or axes is None or steps is None:
+        if end is None or start is None or dims is None or axes is None or steps is None or ends is None:
             return None
+        dtype = np.int32 if ends.dtype == oir.DataType.INT32 else np.int64
         constant = []
         for element, axis, step in zip(end, axes, steps, strict=True):
             distance = element - dims[axis]
@@ -144,8 +146,8 @@ class _Rules:
             elif step < 1 or not (isinstance(distance, int) or distance.is_Integer) or distance < -2:
                 return Miss("the end of the slice is not near the end of the axis")
             else:
-                constant.append(int(distance) if distance < 0 else _OPEN_END)
-        return Rewrite([ops("Slice", x, starts, ops.constant(np.array(constant, np.int64), hint="ends"), *rest)])
+                constant.append(int(distance) if distance < 0 else int(np.iinfo(dtype).max))
+        return Rewrite([ops("Slice", x, starts, ops.constant(np.array(constant, dtype), hint="ends"), *rest)])
 
     def resize(self, node: oir.Node, ops: Ops) -> Outcome:
         """Use scales where the sizes are the input's times powers of two, which scales express exactly."""
@@ -234,6 +236,13 @@ _RESIZE_MODES = {
 
 def _is_int(element: Element, expected: int) -> bool:
     return isinstance(element, int) and element == expected
+
+
+def _fits(element: int, dtype: oir.DataType) -> bool:
+    if not dtype.is_integer():
+        return True
+    limits = np.iinfo(dtype.numpy())
+    return bool(limits.min <= element <= limits.max)
 
 
 def _is_power_of_two(ratio: float) -> bool:

@@ -140,6 +140,21 @@ def test_slice_far_from_the_end_stays(build, check):
     assert SLICE not in result.fired
 
 
+def test_slice_with_int32_parameters(build, check):
+    text = """(float[b,s] x) => (float[b,n] y) {
+      sh = Shape(x) e0 = Gather(sh, i1) e = Cast<to=6>(e0) y = Slice(x, z, e, one) }"""
+    model = build(text, **constants(text, z=np.array([0], np.int32), one=np.array([1], np.int32)))
+    check(model, PASS, {"x": data(2, 5)}, fired={SLICE: 1}, ops=["Slice"])
+
+
+def test_overflowing_arithmetic_stays(build):
+    text = "(float[4,6] x) => (int32[2] y) { sh = Shape(x) n = Cast<to=6>(sh) y = Mul(n, k) }"
+    model = build(text, **constants(text, k=np.array([2**30], np.int32)))
+    result = PASS.call(model)
+    assert result.fired == {CONSTANT: 1}
+    assert result.skipped[0].reason == "the arithmetic overflows"
+
+
 def test_slice_at_half_stays(build, check):
     text = (
         "(float[b,s] x) => (float[b,n] y) { sh = Shape(x) e0 = Gather(sh, i1) e = Div(e0, i2) y = Slice(x, i0, e, i1) }"

@@ -152,6 +152,13 @@ def test_other_domains_are_left_alone(build):
     assert not RewritePass("p", [split_abs]).call(model).modified
 
 
+def test_the_interface_is_not_refined(build):
+    model = build("(float[b,3] x) => (float[b,3] y) { a = Neg(x) c = Neg(a) y = Abs(c) }")
+    model.graph.node("n1").outputs[0].shape = oir.Shape([7, 3])
+    RewritePass("p", [double_neg]).call(model)
+    assert model.graph.inputs[0].shape == ["b", 3]
+
+
 def test_a_replacement_keeps_the_more_precise_shape(build):
     model = build("(float[b,3] x) => (float[b,3] y) { a = Relu(x) b = Neg(a) c = Neg(b) y = Abs(c) }")
     model.graph.node("n2").outputs[0].shape = oir.Shape([7, 3])

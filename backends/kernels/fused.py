@@ -1,0 +1,219 @@
+"""Taking a fused kernel apart: its annotated core block, the element-wise epilogue behind it, flat buffer access."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+
+from optc.backends.kernels import loops
+from optc.backends.kernels.loops import load, plain, replace
+
+REDUCTION = 2
+"""The iteration type of reduced axes in TIR."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A run of neighbouring axes that is treated as one: its variables and their extents."""
+
+    variables: list[Any]
+    extents: list[Any]
+
+    @property
+    def total(self) -> Any:
+        """The number of positions."""
+        return loops.product(self.extents)
+
+    def at(self, flat: Any) -> dict[Any, Any]:
+        """Return the value of each variable at flat position ``flat``."""
+        if not self.variables:
+            return {}
+        return dict(zip(self.variables, loops.unravel(flat, self.extents), strict=True))
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A kernel that is one core block, an optional padding stage before it and an element-wise epilogue behind it.
+
+    ``epilogue`` is the value stored to ``output``, in the spatial ``variables`` of the core; it reads the core's
+    result from ``accumulator`` at exactly these variables.
+    """
+
+    function: Any
+    core: Any
+    padding: Any
+    spatial: Axes
+    reduced: Axes
+    accumulator: Any
+    output: Any
+    epilogue: Any
+
+
+def take_apart(function: Any, template: str) -> Fused | None:
+    """Inline everything but the core annotated with ``template`` and a stage called "pad"; None if it does not fit."""
+    sch = s_tir.Schedule(function, enable_check=False, error_render_level="none")
+    root = sch.get_sblock("root")
+    children = sch.get_child_blocks(root)
+    marked = [b for b in children if sch.get(b).annotations.get("optc.template") == template]
+    outputs = sch.get_output_blocks(root)
+    if len(marked) != 1 or len(outputs) != 1:
+        return None
+    core, out = marked[0], outputs[0]
+    padding = [b for b in children if sch.get(b).name_hint == "pad"]
+    kept = [sch.get(b) for b in (core, out, *padding)]
+    for block in [b for b in children if not any(sch.get(b).same_as(k) for k in kept)]:
+        try:
+            sch.compute_inline(block)
+        except s_tir.ScheduleError:
+            return None
+    return _describe(function, sch.get(core), sch.get(out), [sch.get(b) for b in padding])
+
+
+def _describe(function: Any, core: Any, out: Any, padding: Sequence[Any]) -> Fused | None:
+    accumulator = core.body.buffer
+    spatial = _axes([v for v in core.iter_vars if int(v.iter_type) != REDUCTION])
+    reduced = _axes([v for v in core.iter_vars if int(v.iter_type) == REDUCTION])
+    if core.same_as(out):
+        epilogue, output = tirx.BufferLoad(accumulator, spatial.variables), accumulator
+    else:
+        renamed = _rename(out, spatial.variables, accumulator)
+        if renamed is None:
+            return None
+        epilogue, output = renamed, out.body.buffer
+    if len(padding) > 1 or not _same(core.body.indices, spatial.variables):
+        return None
+    return Fused(
+        function, core, padding[0] if padding else None, spatial, reduced, accumulator, output, epilogue
+    )
+
+
+def _axes(iters: Sequence[Any]) -> Axes:
+    return Axes([v.var for v in iters], [plain(v.dom.extent) for v in iters])
+
+
+def _rename(out: Any, variables: list[Any], accumulator: Any) -> Any:
+    """Return the value that block ``out`` stores, in ``variables``; None if it is not element-wise."""
+    own = [v.var for v in out.iter_vars]
+    if len(own) != len(variables) or any(int(v.iter_type) == REDUCTION for v in out.iter_vars):
+        return None
+    if not _same(out.body.indices, own):
+        return None
+    reads: list[Any] = []
+    tvm_ffi.structural_walk(out.body.value, (tvm.ir.TensorLoad, lambda x: reads.append(x)))
+    if not all(_same(x.indices, own) for x in reads if x.source.same_as(accumulator)):
+        return None
+    return replace(out.body.value, dict(zip(own, variables, strict=True)))
+
+
+def _same(indices: Any, variables: Sequence[Any]) -> bool:
+    return len(indices) == len(variables) and all(i.same_as(v) for i, v in zip(indices, variables, strict=True))
+
+
+class Reader:
+    """Evaluates expressions of a kernel at given positions, with loads from one-dimensional views of its buffers."""
+
+    def __init__(self, fused: Fused) -> None:
+        self.fused = fused
+        self.analyzer = tvm.sym.Analyzer()
+        self.views: dict[Any, Any] = {}
+
+    def finish(self, body: Any) -> Any:
+        """Return the kernel with ``body``, which uses the views."""
+        views = [tirx.DeclBuffer(view, data=buffer.data) for buffer, view in self.views.items()]
+        return self.fused.function.with_body(loops.sequence(*views, body))
+
+    def lanewise(self, lanes: int, make: Any, kind: str = "vectorized") -> Any:
+        """Return a loop over the lanes of one vector."""
+
+        def body(lane: Any) -> Any:
+            if isinstance(lane, tvm.ir.Var):
+                self.analyzer.bind(lane, tvm.ir.Range(loops.index(0), loops.index(lanes)))
+            return make(lane)
+
+        return loops.loop("lane", lanes, body, kind)
+
+    def value(
+        self,
+        expression: Any,
+        places: Mapping[Any, Any],
+        *,
+        flat: Sequence[tuple[Axes, Any]] = (),
+        given: Mapping[Any, Any] | None = None,
+    ) -> Any:
+        """Evaluate ``expression`` at ``places``.
+
+        ``flat`` gives positions of whole runs of axes, so that loads that index with such a run stay contiguous.
+        Loads from the buffers of ``given`` are replaced by values.
+        """
+
+        def on_load(x: Any) -> Any:
+            if given is not None and x.source in given:
+                return given[x.source]
+            return self.flatten(x, flat)
+
+        result = replace(expression, places, on_load)
+        if isinstance(result, tvm.ir.TensorLoad):
+            return load(result.source, self.analyzer.simplify(result.indices[0]))
+        return result
+
+    def store(self, places: Mapping[Any, Any], flat: Sequence[tuple[Axes, Any]], result: Any) -> Any:
+        """Return the store of the epilogue at ``places``, where ``result`` is what the core computed there."""
+        value = self.value(self.fused.epilogue, places, flat=flat, given={self.fused.accumulator: result})
+        slot = tirx.BufferLoad(self.fused.output, self.fused.spatial.variables)
+        position = self.value(slot, places, flat=flat)
+        return tirx.BufferStore(position.source, value, list(position.indices))
+
+    def flatten(self, x: Any, runs: Sequence[tuple[Axes, Any]]) -> Any:
+        """Return a load from the flat view of its buffer; whole runs of axes become their flat position."""
+        if x.source in self.views.values():
+            return x
+        indices, extents = list(x.indices), [plain(e) for e in x.source.shape]
+        for axes, position in runs:
+            if len(axes.variables) < 2 or self.collapse(x, axes) is None:
+                continue
+            start = next(i for i, value in enumerate(indices) if value.same_as(axes.variables[0]))
+            stop = start + len(axes.variables)
+            extents[start:stop] = [loops.product(extents[start:stop])]
+            indices[start:stop] = [loops.index(position)]
+        offset: Any = loops.index(0)
+        for value, extent in zip(indices, extents, strict=True):
+            offset = offset * loops.index(extent) + value
+        return load(self._view(x.source), offset)
+
+    def _view(self, buffer: Any) -> Any:
+        if buffer not in self.views:
+            size = loops.product(buffer.shape)
+            self.views[buffer] = tirx.decl_buffer([loops.index(size)], str(buffer.dtype), f"{buffer.name}_flat")
+        return self.views[buffer]
+
+    def collapse(self, x: Any, axes: Axes) -> int | None:
+        """Return where a load indexes with exactly the variables of ``axes`` in a row over equal extents, or None."""
+        indices = list(x.indices)
+        first, count = axes.variables[0], len(axes.variables)
+        starts = [i for i, value in enumerate(indices) if value.same_as(first)]
+        if len(starts) != 1 or not _same(indices[starts[0] : starts[0] + count], axes.variables):
+            return None
+        start = starts[0]
+        rest = indices[:start] + indices[start + count :]
+        inner = list(x.source.shape)[start + 1 : start + count]
+        equal = all(
+            self.analyzer.can_prove_equal(loops.index(a), loops.index(b))
+            for a, b in zip(inner, axes.extents[1:], strict=True)
+        )
+        return start if equal and not any(loops.uses(i, axes.variables) for i in rest) else None
+
+    def unit_step(self, offset: Any, variable: Any) -> bool:
+        """Tell whether ``offset`` grows by one with ``variable``."""
+        fresh = tirx.Var("next", "int64")
+        moved = replace(replace(offset, {variable: fresh}), {fresh: variable + 1})
+        return loops.static(self.analyzer.simplify(moved - offset)) == 1
+
+
+def bits(dtype: str) -> int:
+    """Return the width of an element type."""
+    return int("".join(ch for ch in dtype if ch.isdigit()) or 8)
