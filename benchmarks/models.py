@@ -88,7 +88,7 @@ def measure(name: str, seconds: float) -> dict[str, object]:
     errors = []
     for shapes in case.sizes or [{}]:
         given = inputs_for(model, original, shapes)
-        checked = verify_artifact(model, original, inputs=given)
+        checked = verify_artifact(model, original, inputs=given, prefer="onnxruntime")
         errors.append(max(o.relative for o in checked.outputs))
     result["errors"] = errors
     given = inputs_for(model, original, (case.sizes or [{}])[0])

@@ -94,6 +94,11 @@ def compare(name: str, actual: np.ndarray, expected: np.ndarray) -> OutputError:
     )
 
 
+def compare_all(actual: Arrays, expected: Arrays) -> tuple[OutputError, ...]:
+    """Compare every output by name."""
+    return tuple(compare(name, array, np.asarray(expected[name])) for name, array in actual.items())
+
+
 def reference(model: oir.Model, prefer: str | None = None) -> tuple[str, Callable[[Arrays], dict[str, np.ndarray]]]:
     """Return the name and the function of the best reference for ``model``.
 

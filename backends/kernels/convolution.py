@@ -120,16 +120,25 @@ def gather(
 
 
 def depthwise(
-    x: Any, w: Any, *, channels: int, multiplier: int, strides: Sequence[int], dilations: Sequence[int],
-    out: Sequence[Any], kernel: Sequence[Any],
+    x: Any, w: Any, *, channels: int, strides: Sequence[int], dilations: Sequence[int], out: Sequence[Any],
+    kernel: Sequence[Any], before: Sequence[Any], after: Sequence[Any],
 ) -> Any:
-    """Convolve each channel of padded ``x [N, C, *S]`` with its own ``multiplier`` kernels ``w [M, 1, *K]``."""
+    """Convolve each channel of ``x [N, C, *S]``, padded here, with its own ``M / C`` kernels ``w [M, 1, *K]``."""
     dtype = accumulator(str(x.dtype))
+    padded = any(_may(p) for p in (*before, *after))
+    image = pad(x, before, after, tirx.const(0, str(x.dtype))) if padded else x
     ks = [te.reduce_axis((0, k), f"k{i}") for i, k in enumerate(kernel)]
+    multiplier = channels // int(x.shape[1])
 
     def element(n: Any, m: Any, *pixel: Any) -> Any:
         where = [p * s + k * d for p, s, k, d in zip(pixel, strides, ks, dilations, strict=True)]
         channel = m // multiplier if multiplier > 1 else m
-        return te.sum(widen(w(m, 0, *ks), dtype) * widen(x(n, channel, *where), dtype), axis=ks)
+        return te.sum(widen(w(m, 0, *ks), dtype) * widen(image(n, channel, *where), dtype), axis=ks)
 
-    return te.compute((x.shape[0], channels, *out), element, "depthwise", attrs={"optc.template": "depthwise"})
+    attributes = {
+        "optc.template": "depthwise",
+        "optc.strides": list(strides),
+        "optc.dilations": list(dilations),
+        "optc.multiplier": multiplier,
+    }
+    return te.compute((x.shape[0], channels, *out), element, "depthwise", attrs=attributes)

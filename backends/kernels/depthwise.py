@@ -1,53 +1,175 @@
-"""The schedule of depthwise convolution: one channel a task, vectors along the last axis, window unrolled."""
+"""The schedule of depthwise convolution over two spatial axes.
+
+    for (batch, channel):               parallel
+        copy the padded channel into a local plane, columns of equal remainder by the stride next to each other
+        for row, for vector of columns:
+            acc = sum over the window of weight * plane vector        all loads contiguous
+            out = epilogue(acc)
+
+The last vector of a row is moved left so that it ends with the row; what it computes again is the same. Rows shorter
+than a vector use a shorter one.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tvm import s_tir
+from tvm import tirx
 
 from optc.backends.base import Target
+from optc.backends.kernels import loops
+from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
+from optc.backends.kernels.loops import load, loop, sequence, static, store
 
 TEMPLATE = "depthwise"
-_REDUCTION = 2
+_WINDOW_LIMIT = 121
+"""Window positions up to which the window is unrolled."""
 
 
 def schedule(function: Any, target: Target) -> Any:
-    """Return ``function`` scheduled, or None if it is not one depthwise block with its element-wise epilogue."""
-    sch = s_tir.Schedule(function, enable_check=False, error_render_level="none")
-    root = sch.get_sblock("root")
-    blocks = sch.get_child_blocks(root)
-    marked = [b for b in blocks if sch.get(b).annotations.get("optc.template") == TEMPLATE]
-    outputs = sch.get_output_blocks(root)
-    if len(marked) != 1 or len(outputs) != 1:
+    """Return ``function`` as vector loops, or None if it is not a two-dimensional depthwise convolution."""
+    fused = take_apart(function, TEMPLATE)
+    if fused is None or len(fused.spatial.variables) != 4 or len(fused.reduced.variables) != 2:
         return None
-    core, out = marked[0], outputs[0]
-    ends = [sch.get(core), sch.get(out)]
-    others = [b for b in blocks if not any(sch.get(b).same_as(end) for end in ends)]
-    if sch.get(core).same_as(sch.get(out)):
-        out = sch.cache_write(core, 0, "local")
-    for block in others:
-        try:
-            sch.compute_inline(block)
-        except s_tir.ScheduleError:
-            return None
-    reduced = sum(int(v.iter_type) == _REDUCTION for v in sch.get(core).iter_vars)
-    loops = sch.get_loops(out)
-    if len(loops) != len(sch.get(core).iter_vars) - reduced:
+    window = [static(e) for e in fused.reduced.extents]
+    if any(e is None or e == 0 for e in window) or (window[0] or 1) * (window[1] or 1) > _WINDOW_LIMIT:
         return None
-    sch.set_scope(core, 0, "local")
-    lanes = max(1, target.vector_bits // 32)
-    chunk, inner = sch.split(loops[-1], [None, 2 * lanes])
-    task = sch.fuse(*loops[:2])
-    sch.compute_at(core, chunk, preserve_unit_loops=True)
-    nest = sch.get_loops(core)[-len(sch.get(core).iter_vars):]
-    spatial, window = nest[:-reduced], nest[-reduced:]
-    sch.reorder(*window, spatial[-1])
-    for axis in window:
-        sch.unroll(axis)
-    sch.vectorize(spatial[-1])
-    init = sch.decompose_reduction(core, window[0])
-    sch.vectorize(sch.get_loops(init)[-1])
-    sch.parallel(task)
-    del inner
-    return sch.mod["main"]
+    value = fused.core.body.value
+    if not isinstance(value, tirx.Add) or not isinstance(value.b, tirx.Mul):
+        return None
+    return _Generator(fused, target).function()
+
+
+class _Generator:
+    """Writes the loop nest of one depthwise convolution for one target."""
+
+    def __init__(self, fused: Fused, target: Target) -> None:
+        self.fused, self.reader = fused, Reader(fused)
+        self.dtype = str(fused.accumulator.dtype)
+        self.weight, self.image = fused.core.body.value.b.a, fused.core.body.value.b.b
+        self.strides = [int(s) for s in fused.core.annotations["optc.strides"]]
+        self.dilations = [int(d) for d in fused.core.annotations["optc.dilations"]]
+        self.multiplier = int(fused.core.annotations["optc.multiplier"])
+        self.height, self.width = fused.spatial.extents[2:]
+        self.window = [int(e) for e in fused.reduced.extents]
+        self.lanes = max(1, target.vector_bits // bits(self.dtype))
+        source = _source(self.image)
+        self.source = source
+        padded = list(fused.padding.body.buffer.shape) if fused.padding is not None else list(source.source.shape)
+        self.rows, self.columns = (loops.plain(e) for e in padded[2:])
+        step = self.strides[1]
+        self.pitch = loops.ceildiv(self.columns, step)
+        self.direct = fused.padding is None and step == 1
+
+    def function(self) -> Any:
+        """Return the function with its body replaced."""
+        batch, channels = self.fused.spatial.extents[:2]
+        task = Axes(self.fused.spatial.variables[:2], [batch, channels])
+        return self.reader.finish(loop("task", task.total, lambda t: self._channel(task.at(t)), "parallel"))
+
+    def _channel(self, places: dict[Any, Any]) -> Any:
+        window = self.window[0] * self.window[1]
+        weights, allocate = loops.scratch("weights", window, self.dtype)
+        kept = [store(weights, i, self._weight(places, i)) for i in range(window)]
+        if self.direct:
+            return sequence(allocate, *kept, self._rows(places, weights, None))
+        size = self.strides[1] * self.rows * self.pitch
+        plane, reserve = loops.scratch("plane", size, self.dtype, "global")
+        return sequence(reserve, self._fill(places, plane), allocate, *kept, self._rows(places, weights, plane))
+
+    def _weight(self, places: dict[Any, Any], position: int) -> Any:
+        y, x = divmod(position, self.window[1])
+        at = dict(zip(self.fused.reduced.variables, (loops.index(y), loops.index(x)), strict=True))
+        return self.reader.value(self.weight, {**places, **at})
+
+    def _fill(self, places: dict[Any, Any], plane: Any) -> Any:
+        """Copy the channel into the plane, zeros around it."""
+        step, padding = self.strides[1], self.fused.padding
+        channel = places[self.fused.spatial.variables[1]]
+        if self.multiplier > 1:
+            channel = channel // self.multiplier
+        batch = places[self.fused.spatial.variables[0]]
+
+        def copy(value: Any, phase: int, y: Any, j: Any) -> Any:
+            return store(plane, (phase * self.rows + y) * self.pitch + j, value)
+
+        if padding is None:
+            inner, before = self.source.source, [loops.index(0), loops.index(0)]
+        else:
+            stage = _source(padding.body.value)
+            own = [v.var for v in padding.iter_vars]
+            inner = stage.source
+            before = [self.reader.analyzer.simplify(own[i] - stage.indices[i]) for i in (2, 3)]
+        height, width = inner.shape[2:]
+
+        def element(phase: int, y: Any, j: Any) -> Any:
+            x = tirx.BufferLoad(inner, [batch, channel, y, j * step + phase - before[1]])
+            value = self.reader.value(x, {})
+            return copy(value.astype(self.dtype) if self.dtype != str(inner.dtype) else value, phase, y + before[0], j)
+
+        def phase_rows(phase: int) -> Any:
+            # Columns j with 0 <= j * step + phase - before < width.
+            first = tirx.floordiv(tirx.max(before[1] - phase, loops.index(0)) + (step - 1), loops.index(step))
+            stop = tirx.floordiv(width + before[1] - phase + (step - 1), loops.index(step))
+            return loop("y", height, lambda y: loop(
+                "j", tirx.max(stop - first, loops.index(0)), lambda j: element(phase, y, j + first)))
+
+        clear = None
+        if padding is not None:
+            zero = tirx.const(0, self.dtype)
+            clear = loop("i", step * self.rows * self.pitch, lambda i: store(plane, i, zero))
+        return sequence(clear, *(phase_rows(phase) for phase in range(step)))
+
+    def _rows(self, places: dict[Any, Any], weights: Any, plane: Any) -> Any:
+        width = static(self.width)
+        lanes = self.lanes
+        if width is not None:
+            while lanes > max(width, 1):
+                lanes //= 2
+            return self._with_lanes(places, weights, plane, lanes)
+        enough = loops.index(self.width) >= lanes
+        return tirx.IfThenElse(
+            enough, self._with_lanes(places, weights, plane, lanes), self._with_lanes(places, weights, plane, 1)
+        )
+
+    def _with_lanes(self, places: dict[Any, Any], weights: Any, plane: Any, lanes: int) -> Any:
+        exact = static(self.width) is not None and self.width % lanes == 0
+
+        def vector(y: Any, v: Any) -> Any:
+            start = v * lanes if exact else loops.smaller(v * lanes, self.width - lanes)
+            acc, allocate = loops.scratch("acc", lanes, self.dtype)
+
+            def total(lane: Any) -> Any:
+                terms = [load(weights, i) * self._image(places, plane, y, start + lane, i)
+                         for i in range(self.window[0] * self.window[1])]
+                value = terms[0]
+                for term in terms[1:]:
+                    value = value + term
+                return store(acc, lane, value)
+
+            def put(lane: Any) -> Any:
+                variables = self.fused.spatial.variables
+                where = {**places, variables[2]: y, variables[3]: start + lane}
+                return self.reader.store(where, [], load(acc, lane))
+
+            return sequence(allocate, self.reader.lanewise(lanes, total), self.reader.lanewise(lanes, put))
+
+        count = loops.ceildiv(self.width, lanes)
+        return loop("y", self.height, lambda y: loop("v", count, lambda v: vector(y, v)))
+
+    def _image(self, places: dict[Any, Any], plane: Any, y: Any, x: Any, position: int) -> Any:
+        """Return the input under window position ``position`` for output ``(y, x)``."""
+        a, b = divmod(position, self.window[1])
+        if plane is None:
+            at = dict(zip(self.fused.reduced.variables, (loops.index(a), loops.index(b)), strict=True))
+            where = dict(zip(self.fused.spatial.variables[2:], (y, x), strict=True))
+            return self.reader.value(self.image, {**places, **where, **at})
+        shift, phase = divmod(b * self.dilations[1], self.strides[1])
+        row = y * self.strides[0] + a * self.dilations[0]
+        return load(plane, (phase * self.rows + row) * self.pitch + x + shift)
+
+
+def _source(expression: Any) -> Any:
+    """Return the one tensor load of an expression."""
+    found = loops.loads(expression)
+    return found[0]

@@ -81,7 +81,7 @@ def _describe(function: Any, core: Any, out: Any, padding: Sequence[Any]) -> Fus
     if core.same_as(out):
         epilogue, output = tirx.BufferLoad(accumulator, spatial.variables), accumulator
     else:
-        renamed = _rename(out, spatial.variables, accumulator)
+        renamed = _rename(out, spatial, accumulator)
         if renamed is None:
             return None
         epilogue, output = renamed, out.body.buffer
@@ -96,10 +96,15 @@ def _axes(iters: Sequence[Any]) -> Axes:
     return Axes([v.var for v in iters], [plain(v.dom.extent) for v in iters])
 
 
-def _rename(out: Any, variables: list[Any], accumulator: Any) -> Any:
-    """Return the value that block ``out`` stores, in ``variables``; None if it is not element-wise."""
-    own = [v.var for v in out.iter_vars]
+def _rename(out: Any, spatial: Axes, accumulator: Any) -> Any:
+    """Return the value that block ``out`` stores, in the variables ``spatial``; None if it is not element-wise."""
+    own, variables = [v.var for v in out.iter_vars], spatial.variables
     if len(own) != len(variables) or any(int(v.iter_type) == REDUCTION for v in out.iter_vars):
+        return None
+    # Padding behind the data reads the same indices, but stores more elements than the core has.
+    analyzer = tvm.sym.Analyzer()
+    extents = zip(out.iter_vars, spatial.extents, strict=True)
+    if not all(analyzer.can_prove_equal(v.dom.extent, loops.index(extent)) for v, extent in extents):
         return None
     if not _same(out.body.indices, own):
         return None

@@ -14,13 +14,29 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from optc.backends.base import Target
 from tvm import s_tir, tirx
+
+from optc.backends.base import Target
 
 PARALLEL_WORK = 32768
 """Scalar operations below which starting a second thread costs more than it gains (about 10 us)."""
 _SPATIAL, _REDUCTION = 0, 2
-_EXPENSIVE = ("exp", "log", "tanh", "erf", "pow", "sqrt", "sin", "cos", "tan", "atan", "sigmoid", "rsqrt")
+# "reinterpret": the bit operations inside the polynomials of vector_math.
+_EXPENSIVE = (
+    "reinterpret",
+    "exp",
+    "log",
+    "tanh",
+    "erf",
+    "pow",
+    "sqrt",
+    "sin",
+    "cos",
+    "tan",
+    "atan",
+    "sigmoid",
+    "rsqrt",
+)
 
 
 def schedule(function: Any, target: Target) -> tuple[Any, str]:
@@ -50,9 +66,7 @@ def _regular(sch: Any, block: Any) -> bool:
     if sch.get_child_blocks(block):
         return False
     iters = sch.get(block).iter_vars
-    return {int(v.iter_type) for v in iters} <= {_SPATIAL, _REDUCTION} and len(sch.get_loops(block)) == len(
-        iters
-    )
+    return {int(v.iter_type) for v in iters} <= {_SPATIAL, _REDUCTION} and len(sch.get_loops(block)) == len(iters)
 
 
 def _lanes(sch: Any, blocks: list[Any], target: Target) -> int:

@@ -108,3 +108,10 @@ def uses(expression: Any, variables: Sequence[Any]) -> bool:
     wanted = set(variables)
     tvm_ffi.structural_walk(expression, (tvm.ir.Var, lambda v: found.append(v in wanted)))
     return any(found)
+
+
+def loads(expression: Any) -> list[Any]:
+    """Return the tensor loads of an expression."""
+    found: list[Any] = []
+    tvm_ffi.structural_walk(expression, (tvm.ir.TensorLoad, lambda x: found.append(x)))
+    return found

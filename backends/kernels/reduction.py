@@ -149,44 +149,26 @@ def _split(
 
 
 def arg_reduce(
-    read: Callable[[tuple[Any, ...], Any], Any],
-    rows: Sequence[Any],
-    extent: Any,
-    dtype: str,
-    *,
-    largest: bool,
-    last: bool,
+    read: Read, rows: Sequence[Any], extent: Any, dtype: str, *, largest: bool, last: bool, contiguous: bool
 ) -> Any:
-    """Return the int64 positions of the largest or smallest elements: the first or last one; NaN beats all."""
-    axis = te.reduce_axis((0, extent), "k")
-    floating = "float" in dtype
+    """Return the int64 positions of the largest or smallest elements: the first or last one; NaN beats all.
 
-    def better(new: Any, old: Any) -> Any:
-        if largest:
-            result = new >= old if last else new > old
-        else:
-            result = new <= old if last else new < old
-        if not floating:
-            return result
-        if last:
-            return result | tirx.isnan(new)
-        return result | (tirx.isnan(new) & tirx.Not(tirx.isnan(old)))
+    Two passes, the extreme and then its position: TVM vectorizes reductions of pairs wrongly.
+    """
+    extreme = (maximum if largest else minimum)(dtype)
+    best = reduce(extreme, read, rows, [extent], contiguous=contiguous, name="best")
+    absent = -1 if last else 2**62
+    choose = tirx.max if last else tirx.min
+    position = Reducer(lambda a, b: choose(a, b), tirx.const(absent, "int64"), "int64")
 
-    def combine(old: Any, new: Any) -> Any:
-        position, value = old
-        take = (position < tirx.const(0, "int64")) | better(new[1], value)
-        return tirx.Select(take, new[0], position), tirx.Select(take, new[1], value)
+    def found(outer: Any, inner: Any) -> Any:
+        value = read(outer, inner)
+        equal = tirx.EQ(value, best(*outer))
+        if "float" in dtype:
+            equal = tirx.Or(equal, tirx.And(tirx.isnan(value), tirx.isnan(best(*outer))))
+        return tirx.Select(equal, inner[0].astype("int64"), tirx.const(absent, "int64"))
 
-    def identity(_: Any, __: Any) -> Any:
-        return tirx.const(-1, "int64"), limit(dtype, -1 if largest else 1)
-
-    reducer = te.comm_reducer(combine, identity, name="arg")
-    found = te.compute(
-        rows,
-        lambda *i: reducer((axis.var.astype("int64"), read(i, axis.var)), axis=axis),
-        "best",
-    )
-    return found[0]
+    return reduce(position, found, rows, [extent], contiguous=contiguous, name="position")
 
 
 def _constant(extent: Any) -> int | None:

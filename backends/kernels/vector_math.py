@@ -55,7 +55,7 @@ def convert(x: Expr, dtype: str) -> Expr:
     if source == "bfloat16":
         return convert(_from_bfloat16(x), dtype)
     if dtype == "bool":
-        return x != tirx.const(0, source)
+        return tirx.NE(x, tirx.const(0, source))
     if dtype in _HALF and source != "float32":
         return convert(x.astype("float32"), dtype)
     if dtype == "bfloat16":

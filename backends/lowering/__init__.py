@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optc.backends.lowering import (
     activations,
+    attention,
     comparisons,
     control_flow,
     convolution,
@@ -21,12 +22,14 @@ from optc.backends.lowering import (
     scatter,
     sorting,
     tensor,
+    vision,
 )
 from optc.backends.lowering.table import merge
 
 TABLE = merge(
     [
         activations.TABLE,
+        attention.TABLE,
         comparisons.TABLE,
         control_flow.TABLE,
         convolution.TABLE,
@@ -44,6 +47,7 @@ TABLE = merge(
         scatter.TABLE,
         sorting.TABLE,
         tensor.TABLE,
+        vision.TABLE,
     ]
 )
 """The lowering of every supported operator, by (domain, operator)."""

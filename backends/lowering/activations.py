@@ -228,9 +228,11 @@ def hardmax(site: Site) -> Any:
         rows = [d for i, d in enumerate(shape) if i != axis]
 
         def read(outer: Any, inner: Any) -> Any:
-            return convert(x(*outer[:axis], inner, *outer[axis:]), work)
+            return convert(x(*outer[:axis], inner[0], *outer[axis:]), work)
 
-        best = reduction.arg_reduce(read, rows, shape[axis], work, largest=True, last=False)
+        best = reduction.arg_reduce(
+            read, rows, shape[axis], work, largest=True, last=False, contiguous=axis == len(shape) - 1
+        )
 
         def element(*index: Any) -> Any:
             position = best(*index[:axis], *index[axis + 1 :])

@@ -16,11 +16,11 @@ from optc.backends.lowering.table import Table
 TABLE = Table()
 
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "Equal": lambda a, b: a == b,
-    "Greater": lambda a, b: a > b,
-    "GreaterOrEqual": lambda a, b: a >= b,
-    "Less": lambda a, b: a < b,
-    "LessOrEqual": lambda a, b: a <= b,
+    "Equal": tirx.EQ,
+    "Greater": tirx.GT,
+    "GreaterOrEqual": tirx.GE,
+    "Less": tirx.LT,
+    "LessOrEqual": tirx.LE,
 }
 
 

@@ -19,7 +19,8 @@ TABLE = Table()
 def conv(site: Site) -> Any:
     """Conv-22 over any number of spatial axes, as a contraction over channels and kernel positions.
 
-    Padding is materialized by a kernel of its own, so that the inner loops have no branches.
+    Padding is materialized first, so that the inner loops have no branches: by a kernel of its own, or for a depthwise
+    convolution inside the kernel, channel by channel.
     """
     x, weights = site.tensor(0), site.constant(1)
     shape = shape_of(x)
@@ -29,7 +30,6 @@ def conv(site: Site) -> Any:
     if not isinstance(channels, int) or not all(isinstance(k, int) for k in kernel):
         site.unsupported("the shape of the convolution's weights must be known while compiling")
     geometry = windows(site, shape[2:], kernel)
-    x = padded(site, x, geometry)
     bias = [site.tensor(2)] if site.has(2) else []
     dtype, per_group = str(x.ty.dtype), channels // groups
     common: dict[str, Any] = {
@@ -42,12 +42,13 @@ def conv(site: Site) -> Any:
     if filters[1] == 1 and groups > 1:
 
         def each(a: Any, w: Any, *b: Any) -> Any:
-            y = convolution.depthwise(a, w, multiplier=per_group, **common)
+            y = convolution.depthwise(a, w, before=geometry.before, after=geometry.after, **common)
             for term in b:
                 y = convolution.add_bias(y, term, 1, per_group)
             return contraction.narrow(y, dtype)
 
         return site.emit(each, x, site.tensor(1), *bias, name="depthwise", attributes=contraction.FUSIBLE)
+    x = padded(site, x, geometry)
     w = site.tensor(1) if weights is None else site.weight(pack_filters(weights, groups), "packed")
 
     def compute(a: Any, f: Any, *b: Any) -> Any:

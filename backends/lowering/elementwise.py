@@ -281,16 +281,19 @@ def bitwise_not(site: Site) -> Any:
 
 @TABLE.lowers("BitShift")
 def bit_shift(site: Site) -> Any:
-    """BitShift-11: shifting by the width or more gives 0."""
+    """BitShift-11, and signed as in BitShift-28: shifting by the width or more, or by less than 0, leaves signs."""
     left = site.attr("direction") == "LEFT"
 
     def shift(x: Any, amount: Any) -> Any:
-        bits = int("".join(c for c in dtype_of(x) if c.isdigit()))
-        limit = tirx.const(bits - 1, dtype_of(x))
-        bounded = tirx.min(amount, limit)
-        return tirx.Select(amount > limit, zero(x), x << bounded if left else x >> bounded)
+        dtype = dtype_of(x)
+        limit = tirx.const(int("".join(c for c in dtype if c.isdigit())) - 1, dtype)
+        inside = amount <= limit if _unsigned(x) else tirx.And(amount >= zero(x), amount <= limit)
+        bounded = tirx.Select(inside, amount, limit)
+        if left:
+            return tirx.Select(inside, x << bounded, zero(x))
+        return tirx.Select(inside, x >> bounded, zero(x) if _unsigned(x) else x >> limit)
 
-    return pointwise(site, lambda x, amount: bind(amount, lambda amount: shift(x, amount)))
+    return pointwise(site, shift)
 
 
 @TABLE.lowers("Where")

@@ -13,6 +13,9 @@ from typing import Any
 import tvm
 from tvm import relax, s_tir, te, tirx
 
+_OPAQUE = 8
+"""The pattern of kernels that are not fused."""
+
 
 def shape_of(tensor: Any) -> list[Any]:
     """Return the dimensions of a Relax expression, constants as Python ints."""
@@ -46,8 +49,7 @@ def emit(
     ``symbols`` are the symbolic dimensions of the model: the only free variables a kernel may have.
     """
     holders = [
-        te.placeholder([as_index(d) for d in shape_of(t)], str(t.ty.dtype), name=f"a{i}")
-        for i, t in enumerate(tensors)
+        te.placeholder([as_index(d) for d in shape_of(t)], str(t.ty.dtype), name=f"a{i}") for i, t in enumerate(tensors)
     ]
     result = compute(*holders)
     many = isinstance(result, list | tuple)
@@ -58,6 +60,9 @@ def emit(
     function = _with_root(s_tir.renew_defs(function.without_attr("global_symbol")))
     for key, value in (attributes or {}).items():
         function = function.with_attr(key, value)
+    if any(str(t.dtype) == "bfloat16" for t in [*holders, *outs]):
+        # TVM's bfloat16 legalization loses track of intermediate bfloat16 buffers, which fusion creates.
+        function = function.with_attr("op_pattern", _OPAQUE)
     types = [relax.TensorType([as_index(d) for d in out.shape], str(out.dtype)) for out in outs]
     call = relax.call_tir(
         builder.add_func(function, name), [*tensors, *scalars], types[0] if len(types) == 1 else types
@@ -65,7 +70,9 @@ def emit(
     var = builder.emit(call)
     if len(types) == 1:
         return [var] if many else var
-    return [builder.emit(relax.TupleGetItem(var, i)) for i in range(len(types))]
+    # FuseOps moves a kernel that reads a plain tuple item up to that item, even above the binding of a symbol that
+    # the kernel needs; it does not look through a cast.
+    return [builder.match_cast(relax.TupleGetItem(var, i), type_) for i, type_ in enumerate(types)]
 
 
 def _with_root(function: Any) -> Any:

@@ -148,14 +148,14 @@ def eye_like(site: Site) -> Any:
 def depth_to_space(site: Site) -> Any:
     """DepthToSpace-13, modes DCR and CRD."""
     n, c, h, w = site.shape(0)
-    block, column_major = site.attr("blocksize"), site.attr("mode", "DCR") == "CRD"
+    block, crd = site.attr("blocksize"), site.attr("mode", "DCR") == "CRD"
     depth = im.floor_div(c, block * block)
 
     def compute(a: Any) -> Any:
         def element(b: Any, k: Any, y: Any, x: Any) -> Any:
             dy, dx = tirx.floormod(y, block), tirx.floormod(x, block)
             inner = dy * block + dx
-            channel = k * (block * block) + inner if column_major else inner * depth + k
+            channel = k * (block * block) + inner if crd else inner * depth + k
             return a[b, channel, tirx.floordiv(y, block), tirx.floordiv(x, block)]
 
         return te.compute([as_index(d) for d in (n, depth, h * block, w * block)], element)
@@ -165,13 +165,16 @@ def depth_to_space(site: Site) -> Any:
 
 @TABLE.lowers("SpaceToDepth")
 def space_to_depth(site: Site) -> Any:
-    """SpaceToDepth-13."""
+    """SpaceToDepth-13, and the modes DCR and CRD of version 28."""
     n, c, h, w = site.shape(0)
-    block = site.attr("blocksize")
+    block, crd = site.attr("blocksize"), site.attr("mode", "DCR") == "CRD"
 
     def compute(a: Any) -> Any:
         def element(b: Any, k: Any, y: Any, x: Any) -> Any:
-            inner, channel = im.floor_div(k, c), im.floor_mod(k, c)
+            if crd:
+                inner, channel = im.floor_mod(k, block * block), im.floor_div(k, block * block)
+            else:
+                inner, channel = im.floor_div(k, c), im.floor_mod(k, c)
             return a[
                 b,
                 channel,
@@ -289,11 +292,17 @@ def tensor_scatter(site: Site) -> Any:
 def bit_cast(site: Site) -> Any:
     """BitCast-26 between types of the same width."""
     target = site.output_dtype()
-    if "bool" in (target, site.dtype(0)):
-        site.unsupported("bool has no defined bits")
-    return site.emit(
-        lambda a: te.compute(a.shape, lambda *i: tirx.reinterpret(target, a(*i))), site.tensor(0)
-    )
+    source = site.dtype(0)
+
+    def element(value: Any) -> Any:
+        # A bool is a byte that holds 0 or 1.
+        if source == "bool":
+            value = value.astype("uint8")
+        if target == "bool":
+            return tirx.reinterpret("uint8", value) != scalar(0, "uint8")
+        return tirx.reinterpret(target, value)
+
+    return site.emit(lambda a: te.compute(a.shape, lambda *i: element(a(*i))), site.tensor(0))
 
 
 @TABLE.lowers("ConstantOfShape")

@@ -251,12 +251,13 @@ def arg_extreme(site: Site) -> Any:
 
     def compute(x: Any) -> Any:
         return reduction.arg_reduce(
-            lambda outer, k: convert(x(*outer[:axis], k, *outer[axis:]), work),
+            lambda outer, inner: convert(x(*outer[:axis], inner[0], *outer[axis:]), work),
             rows,
             shape[axis],
             work,
             largest=site.op == "ArgMax",
             last=bool(site.attr("select_last_index", 0)),
+            contiguous=axis == len(shape) - 1,
         )
 
     result = site.emit(compute, site.tensor(0))

@@ -1,4 +1,4 @@
-"""GridSample, DeformConv, RoiAlign and MaxRoiPool."""
+"""GridSample, AffineGrid, DeformConv, RoiAlign and MaxRoiPool."""
 
 from __future__ import annotations
 
@@ -78,6 +78,33 @@ def grid_sample(site: Site) -> Any:
     return site.emit(sample, x, where, name="grid_sample")
 
 
+@TABLE.lowers("AffineGrid")
+def affine_grid(site: Site) -> Any:
+    """AffineGrid-20: ``theta`` applied to the homogeneous coordinates of every output pixel."""
+    theta, dtype = site.tensor(0), site.dtype(0)
+    batch, _, *sizes = site.ints(1)
+    rank, align = len(sizes), bool(site.attr("align_corners", 0))
+    wide = contraction.accumulator(dtype)
+
+    def place(position: Any, size: Any) -> Any:
+        x, n = position.astype(wide), as_index(size).astype(wide)
+        one, two = tirx.const(1, wide), tirx.const(2, wide)
+        return x * two / (n - one) - one if align else (x * two + one) / n - one
+
+    def compute(t: Any) -> Any:
+        def element(n: Any, *at: Any) -> Any:
+            row = at[-1]
+            total = vector_math.convert(t(n, row, rank), wide)
+            for i, size in enumerate(sizes):
+                # Columns of theta belong to the axes last one first.
+                total = total + vector_math.convert(t(n, row, rank - 1 - i), wide) * place(at[i], size)
+            return vector_math.convert(total, dtype)
+
+        return te.compute((batch, *sizes, rank), element, "affine_grid")
+
+    return site.emit(compute, theta, name="affine_grid")
+
+
 @TABLE.lowers("DeformConv")
 def deform_conv(site: Site) -> Any:
     """DeformConv-22: read the image at shifted kernel positions (linear, zeros outside), then a convolution 1x1."""
@@ -125,7 +152,7 @@ def deform_conv(site: Site) -> Any:
     per_group = filters[0] // groups
 
     def compute(a: Any, f: Any, *b: Any) -> Any:
-        y = contraction_conv(a, f, filters[0], groups, out, weights is not None)
+        y = _pointwise(a, f, filters[0], groups, out, weights is not None)
         for term in b:
             y = convolution.add_bias(y, term, 2 if groups > 1 else 1, per_group)
         return contraction.narrow(y, dtype)
@@ -134,7 +161,7 @@ def deform_conv(site: Site) -> Any:
     return site.reshape(y, [shape[0], filters[0], *out])
 
 
-def contraction_conv(a: Any, f: Any, channels: int, groups: int, out: list[Any], packed: bool) -> Any:
+def _pointwise(a: Any, f: Any, channels: int, groups: int, out: list[Any], packed: bool) -> Any:
     """Convolve with a kernel of one position."""
     ones = [1] * len(out)
     return convolution.conv(

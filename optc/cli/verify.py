@@ -69,7 +69,9 @@ def command(
         original = capture(model)
     arrays = read_inputs(inputs, loaded.inputs) if inputs else None
     sizes = arguments["dims"] if artifact is not None else {}
-    result = verify_artifact(loaded, original, inputs=arrays, seed=seed, dims=sizes, prefer=reference)
+    result = verify_artifact(
+        loaded, original, inputs=arrays, seed=seed, dims=sizes, prefer=reference, tolerance=tolerance
+    )
     if as_json:
         print_json(result.describe())
     else:

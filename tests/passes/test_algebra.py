@@ -157,3 +157,13 @@ def test_slices_with_steps_and_negative_axes(build, check):
         z=np.array([0]), e=np.array([2**40]), m1=np.array([-1]), st=np.array([2]),
     )  # fmt: skip
     check(model, PASS, X, fired={"slice(slice(x)) of other axes => slice(x)": 1}, ops=["Slice"])
+
+
+def test_slice_with_fan_out_stays(build, check):
+    model = build(
+        "(float[b,3,4] x) => (float[n] y, float[n] z) { a = Slice(x, c, d, c) y = Slice(a, c, d, d) z = Neg(a) }",
+        c=np.array([1]),
+        d=np.array([2]),
+    )
+    result = check(model, PASS, X, fired={})
+    assert result.skipped[0].reason == "the inner result is needed elsewhere too"

@@ -148,10 +148,10 @@ def test_slice_with_int32_parameters(build, check):
 
 
 def test_overflowing_arithmetic_stays(build):
-    text = "(float[4,6] x) => (int32[2] y) { sh = Shape(x) n = Cast<to=6>(sh) y = Mul(n, k) }"
-    model = build(text, **constants(text, k=np.array([2**30], np.int32)))
+    text = "(float[4,6] x) => (int64[1] y) { sh = Shape(x) n = Concat<axis=0>(sh, k) y = ReduceProd(n) }"
+    model = build(text, **constants(text, k=np.array([2**62])))
     result = PASS.call(model)
-    assert result.fired == {CONSTANT: 1}
+    assert result.fired == {CONSTANT: 2}
     assert result.skipped[0].reason == "the arithmetic overflows"
 
 

@@ -80,3 +80,12 @@ def test_computed_shape_stays(build, check):
         "(float[b,3,4] x, int64[2] t) => (float[n,m] y) { a = Flatten(x) y = Reshape(a, t) }",
     )
     check(model, PASS, {**X, "t": np.array([6, 4])}, fired={})
+
+
+def test_copied_sizes_refer_to_the_shape_between(build, check):
+    model = build(
+        "(float[b,s,4] x) => (float[n] y) { a = Unsqueeze(x, z) y = Reshape(a, t) }",
+        z=np.array([0]),
+        t=np.array([0, 0, 0, 2, 2]),
+    )
+    check(model, PASS, X, fired={})
