@@ -267,6 +267,7 @@ def inherit_type(old: oir.Value, new: oir.Value) -> None:
         and len(old.shape) == len(new.shape)
         and old.shape != new.shape
         and not new.is_graph_input()  # the interface stays as it is
+        and not new.is_initializer()  # a constant has the shape that it has
     ):
         new.shape = oir.Shape([o if isinstance(o, int) else n for o, n in zip(old.shape, new.shape, strict=True)])
 

@@ -15,6 +15,7 @@ from optc.backends.cpu import memory
 from optc.backends.cpu.link import link
 from optc.backends.cpu.target import to_tvm
 from optc.backends.kernels import schedule
+from optc.backends.kernels.name_dims import name_dims
 from optc.backends.lowering import TABLE
 from optc.backends.lowering.expand import expand_functions
 from optc.backends.lowering.lower import Lowered, lower
@@ -75,7 +76,7 @@ def _fuse(module: Any) -> Any:
         transform.FuseTIR(),
         transform.DeadCodeElimination(),
     ]
-    return tvm.transform.Sequential(passes)(module)
+    return name_dims(tvm.transform.Sequential(passes)(module))
 
 
 def generate(module: Any, target: Target) -> tuple[Any, int | None]:

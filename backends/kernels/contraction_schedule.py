@@ -44,6 +44,7 @@ class _Generator:
 
     def __init__(self, fused: Fused, target: Target) -> None:
         self.reader = Reader(fused)
+        fused = self.reader.fused
         self.row_operand, self.column_operand = fused.core.body.value.b.a, fused.core.body.value.b.b
         self.padded = str(fused.core.annotations["optc.padded"])
         rows = [int(i) for i in fused.core.annotations["optc.rows"]]

@@ -44,7 +44,8 @@ class _Generator:
     """Writes the loop nest of one depthwise convolution for one target."""
 
     def __init__(self, fused: Fused, target: Target) -> None:
-        self.fused, self.reader = fused, Reader(fused)
+        self.reader = Reader(fused)
+        self.fused = fused = self.reader.fused
         self.dtype = str(fused.accumulator.dtype)
         self.weight, self.image = fused.core.body.value.b.a, fused.core.body.value.b.b
         self.strides = [int(s) for s in fused.core.annotations["optc.strides"]]
@@ -56,9 +57,9 @@ class _Generator:
         source = _source(self.image)
         self.source = source
         padded = list(fused.padding.body.buffer.shape) if fused.padding is not None else list(source.source.shape)
-        self.rows, self.columns = (loops.plain(e) for e in padded[2:])
+        self.rows, self.columns = (self.reader.size(e) for e in padded[2:])
         step = self.strides[1]
-        self.pitch = loops.ceildiv(self.columns, step)
+        self.pitch = self.reader.size(loops.ceildiv(self.columns, step))
         self.direct = fused.padding is None and step == 1
 
     def function(self) -> Any:
@@ -99,8 +100,9 @@ class _Generator:
             stage = _source(padding.body.value)
             own = [v.var for v in padding.iter_vars]
             inner = stage.source
-            before = [self.reader.analyzer.simplify(own[i] - stage.indices[i]) for i in (2, 3)]
-        height, width = inner.shape[2:]
+            offsets = [self.reader.analyzer.simplify(own[i] - stage.indices[i]) for i in (2, 3)]
+            before = [loops.index(self.reader.size(offset)) for offset in offsets]
+        height, width = (loops.index(self.reader.size(e)) for e in inner.shape[2:])
 
         def element(phase: int, y: Any, j: Any) -> Any:
             x = tirx.BufferLoad(inner, [batch, channel, y, j * step + phase - before[1]])
@@ -136,7 +138,8 @@ class _Generator:
         exact = static(self.width) is not None and self.width % lanes == 0
 
         def vector(y: Any, v: Any) -> Any:
-            start = v * lanes if exact else loops.smaller(v * lanes, self.width - lanes)
+            start = tirx.Var("start", "int64")
+            place = v * lanes if exact else loops.smaller(v * lanes, self.width - lanes)
             acc, allocate = loops.scratch("acc", lanes, self.dtype)
 
             def total(lane: Any) -> Any:
@@ -152,7 +155,8 @@ class _Generator:
                 where = {**places, variables[2]: y, variables[3]: start + lane}
                 return self.reader.store(where, [], load(acc, lane))
 
-            return sequence(allocate, self.reader.lanewise(lanes, total), self.reader.lanewise(lanes, put))
+            bind = tirx.Bind(start, loops.index(place))
+            return sequence(bind, allocate, self.reader.lanewise(lanes, total), self.reader.lanewise(lanes, put))
 
         count = loops.ceildiv(self.width, lanes)
         return loop("y", self.height, lambda y: loop("v", count, lambda v: vector(y, v)))

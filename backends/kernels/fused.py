@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import tvm
@@ -40,8 +41,9 @@ class Axes:
 class Fused:
     """A kernel that is one core block, an optional padding stage before it and an element-wise epilogue behind it.
 
-    ``epilogue`` is the value stored to ``output``, in the spatial ``variables`` of the core; it reads the core's
-    result from ``accumulator`` at exactly these variables.
+    ``epilogue`` is the value stored to ``output``, in the spatial variables of the core; it reads the core's
+    result from ``accumulator`` at exactly these variables. Where the last stage is of another form (it broadcasts the
+    result, say), it is the ``tail``: the core then stores to ``accumulator`` and the tail gets loops of its own.
     """
 
     function: Any
@@ -52,6 +54,7 @@ class Fused:
     accumulator: Any
     output: Any
     epilogue: Any
+    tail: Any
 
 
 def take_apart(function: Any, template: str) -> Fused | None:
@@ -78,18 +81,19 @@ def _describe(function: Any, core: Any, out: Any, padding: Sequence[Any]) -> Fus
     accumulator = core.body.buffer
     spatial = _axes([v for v in core.iter_vars if int(v.iter_type) != REDUCTION])
     reduced = _axes([v for v in core.iter_vars if int(v.iter_type) == REDUCTION])
-    if core.same_as(out):
-        epilogue, output = tirx.BufferLoad(accumulator, spatial.variables), accumulator
-    else:
+    epilogue, output, tail = tirx.BufferLoad(accumulator, spatial.variables), accumulator, None
+    if not core.same_as(out):
+        if any(int(v.iter_type) == REDUCTION for v in out.iter_vars):
+            return None
         renamed = _rename(out, spatial, accumulator)
         if renamed is None:
-            return None
-        epilogue, output = renamed, out.body.buffer
+            tail = out
+        else:
+            epilogue, output = renamed, out.body.buffer
     if len(padding) > 1 or not _same(core.body.indices, spatial.variables):
         return None
-    return Fused(
-        function, core, padding[0] if padding else None, spatial, reduced, accumulator, output, epilogue
-    )
+    stage = padding[0] if padding else None
+    return Fused(function, core, stage, spatial, reduced, accumulator, output, epilogue, tail)
 
 
 def _axes(iters: Sequence[Any]) -> Axes:
@@ -99,7 +103,7 @@ def _axes(iters: Sequence[Any]) -> Axes:
 def _rename(out: Any, spatial: Axes, accumulator: Any) -> Any:
     """Return the value that block ``out`` stores, in the variables ``spatial``; None if it is not element-wise."""
     own, variables = [v.var for v in out.iter_vars], spatial.variables
-    if len(own) != len(variables) or any(int(v.iter_type) == REDUCTION for v in out.iter_vars):
+    if len(own) != len(variables):
         return None
     # Padding behind the data reads the same indices, but stores more elements than the core has.
     analyzer = tvm.sym.Analyzer()
@@ -123,14 +127,58 @@ class Reader:
     """Evaluates expressions of a kernel at given positions, with loads from one-dimensional views of its buffers."""
 
     def __init__(self, fused: Fused) -> None:
-        self.fused = fused
         self.analyzer = tvm.sym.Analyzer()
         self.views: dict[Any, Any] = {}
+        self.sizes: list[tuple[Any, Any]] = []
+        self.fused = replace_fields(fused, spatial=self._named(fused.spatial), reduced=self._named(fused.reduced))
+
+    def _named(self, axes: Axes) -> Axes:
+        return Axes(axes.variables, [self.size(e) for e in axes.extents])
+
+    def size(self, extent: Any) -> Any:
+        """Return a number, a variable, or a variable bound once to a longer expression.
+
+        Symbolic sizes deep in a network are long expressions, and every address would repeat them.
+        """
+        extent = plain(extent)
+        if isinstance(extent, int | tvm.ir.Var):
+            return extent
+        if any(extent.same_as(variable) for variable, _ in self.sizes):
+            return extent
+        for variable, value in self.sizes:
+            if tvm_ffi.structural_equal(value, extent):
+                return variable
+        for variable, value in self.sizes:
+            if self.analyzer.can_prove_equal(value, extent):
+                return variable
+        self.sizes.append((tirx.Var(f"size{len(self.sizes)}", "int64"), extent))
+        return self.sizes[-1][0]
 
     def finish(self, body: Any) -> Any:
         """Return the kernel with ``body``, which uses the views."""
+        tail = self.fused.tail
+        allocate = None
+        if tail is not None:
+            allocate, body = tirx.AllocBuffer(self.fused.accumulator), loops.sequence(body, self._tail(tail))
         views = [tirx.DeclBuffer(view, data=buffer.data) for buffer, view in self.views.items()]
-        return self.fused.function.with_body(loops.sequence(*views, body))
+        sizes = [tirx.Bind(variable, value) for variable, value in self.sizes]
+        return self.fused.function.with_body(loops.sequence(*sizes, allocate, *views, body))
+
+    def _tail(self, block: Any) -> Any:
+        """Return the loops of the last stage: the innermost axis serial, the others in parallel."""
+        axes = self._named(_axes(block.iter_vars))
+        outer = Axes(axes.variables[:-1], axes.extents[:-1])
+        target = tirx.BufferLoad(block.body.buffer, list(block.body.indices))
+
+        def element(places: dict[Any, Any]) -> Any:
+            slot = self.value(target, places)
+            return tirx.BufferStore(slot.source, self.value(block.body.value, places), list(slot.indices))
+
+        def row(position: Any) -> Any:
+            places = outer.at(position)
+            return loops.loop("j", axes.extents[-1], lambda j: element({**places, axes.variables[-1]: j}))
+
+        return loops.loop("row", outer.total, row, "parallel")
 
     def lanewise(self, lanes: int, make: Any, kind: str = "vectorized") -> Any:
         """Return a loop over the lanes of one vector."""
@@ -177,7 +225,7 @@ class Reader:
         """Return a load from the flat view of its buffer; whole runs of axes become their flat position."""
         if x.source in self.views.values():
             return x
-        indices, extents = list(x.indices), [plain(e) for e in x.source.shape]
+        indices, extents = list(x.indices), [self.size(e) for e in x.source.shape]
         for axes, position in runs:
             if len(axes.variables) < 2 or self.collapse(x, axes) is None:
                 continue
@@ -192,7 +240,7 @@ class Reader:
 
     def _view(self, buffer: Any) -> Any:
         if buffer not in self.views:
-            size = loops.product(buffer.shape)
+            size = loops.product([self.size(e) for e in buffer.shape])
             self.views[buffer] = tirx.decl_buffer([loops.index(size)], str(buffer.dtype), f"{buffer.name}_flat")
         return self.views[buffer]
 
@@ -207,8 +255,7 @@ class Reader:
         rest = indices[:start] + indices[start + count :]
         inner = list(x.source.shape)[start + 1 : start + count]
         equal = all(
-            self.analyzer.can_prove_equal(loops.index(a), loops.index(b))
-            for a, b in zip(inner, axes.extents[1:], strict=True)
+            _identical(self.size(a), loops.plain(b)) for a, b in zip(inner, axes.extents[1:], strict=True)
         )
         return start if equal and not any(loops.uses(i, axes.variables) for i in rest) else None
 
@@ -217,6 +264,12 @@ class Reader:
         fresh = tirx.Var("next", "int64")
         moved = replace(replace(offset, {variable: fresh}), {fresh: variable + 1})
         return loops.static(self.analyzer.simplify(moved - offset)) == 1
+
+
+def _identical(a: Any, b: Any) -> bool:
+    if isinstance(a, int) or isinstance(b, int):
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return bool(a.same_as(b))
 
 
 def bits(dtype: str) -> int:

@@ -55,7 +55,7 @@ def convert(x: Expr, dtype: str) -> Expr:
     if source == "bfloat16":
         return convert(_from_bfloat16(x), dtype)
     if dtype == "bool":
-        return tirx.NE(x, tirx.const(0, source))
+        return _is_not_zero(x)
     if dtype in _HALF and source != "float32":
         return convert(x.astype("float32"), dtype)
     if dtype == "bfloat16":
@@ -65,6 +65,14 @@ def convert(x: Expr, dtype: str) -> Expr:
     if source.startswith("float") and not dtype.startswith("float"):
         return _truncate(x, dtype)
     return x.astype(dtype)
+
+
+def _is_not_zero(x: Expr) -> Expr:
+    if not dtype_of(x).startswith("float"):
+        return tirx.NE(x, tirx.const(0, dtype_of(x)))
+    # The comparison that TVM makes of NE is false for NaN.
+    x = convert(x, "float32") if dtype_of(x) == "float16" else x
+    return bind(x, lambda x: tirx.Or(tirx.NE(x, tirx.const(0, dtype_of(x))), tirx.isnan(x)))
 
 
 def _truncate(x: Expr, dtype: str) -> Expr:
@@ -220,9 +228,10 @@ def softplus(x: Expr) -> Expr:
 
 @wide
 def sigmoid(x: Expr) -> Expr:
-    """Return ``1 / (1 + e**-x)``; float32 error below 3 ulp."""
+    """Return ``1 / (1 + e**-x)``; float32 error below 3 ulp, denormal results included."""
     one = tirx.const(1.0, dtype_of(x))
-    return one / (one + exp(tirx.const(0.0, dtype_of(x)) - x))
+    zero = tirx.const(0.0, dtype_of(x))
+    return bind(exp(zero - tirx.abs(x)), lambda e: tirx.Select(x < zero, e, one) / (e + one))
 
 
 @wide

@@ -26,23 +26,24 @@ def if_(site: Site) -> Any:
             lowerer.alias(value, source)
         return [None] * site.output_count
     condition = site.reshape(site.tensor(0), [])
-    known_symbols = set(lowerer.symbols)
-    first, second = lowerer.branch(then), lowerer.branch(otherwise)
-    types = [list(b.body.ty.fields) for b in (first, second)]
-    expected = [_joined(site, a, b, known_symbols) for a, b in zip(*types, strict=True)]
+    first, first_types = lowerer.outline("then_branch", lambda: lowerer.subgraph(then))
+    second, second_types = lowerer.outline("else_branch", lambda: lowerer.subgraph(otherwise))
+    expected = [_joined(site, a, b) for a, b in zip(first_types, second_types, strict=True)]
     result = lowerer.builder.emit(relax.If(condition, first, second))
     return [
         lowerer.builder.match_cast(relax.TupleGetItem(result, i), type_) for i, type_ in enumerate(expected)
     ]
 
 
-def _joined(site: Site, a: Any, b: Any, outside: set[Any]) -> Any:
+def _joined(site: Site, a: Any, b: Any) -> Any:
     """Return the type of a result: dimensions that both branches share, fresh symbols for the others."""
     if a.ndim != b.ndim or a.dtype != b.dtype:
         site.unsupported("the branches give tensors of different rank or type")
-    dims = []
-    left, right = ([plain(d) for d in t.shape.values] for t in (a, b))
-    for x, y in zip(left, right, strict=True):
-        shared = site.prove_equal(x, y) and site.lowerer.free(x) <= outside
-        dims.append(x if shared else site.symbol("n"))
+    if a.shape is None or b.shape is None:
+        dims = [site.symbol("n") for _ in range(a.ndim)]
+    else:
+        left, right = ([plain(d) for d in t.shape.values] for t in (a, b))
+        dims = [
+            x if site.prove_equal(x, y) else site.symbol("n") for x, y in zip(left, right, strict=True)
+        ]
     return relax.TensorType([as_index(d) for d in dims], a.dtype)

@@ -132,8 +132,9 @@ def _transposed_geometry(
         half = [t // 2 for t in totals]
         # The odd element goes to the end for SAME_UPPER, else to the front.
         before = half if auto == "SAME_UPPER" else [t - h for t, h in zip(totals, half, strict=True)]
-        return before, out, strides, dilations
+        before = [site.simplify(v) for v in before]
+        return before, [site.simplify(v) for v in out], strides, dilations
     if auto == "VALID":
         pads = [0] * (2 * rank)
     out = [f - pads[i] - pads[rank + i] for i, f in enumerate(full)]
-    return pads[:rank], out, strides, dilations
+    return pads[:rank], [site.simplify(v) for v in out], strides, dilations

@@ -72,18 +72,22 @@ def divide(a: Any, b: Any) -> Any:
     """Return the quotient of two elements without a trap of the processor."""
     if is_float(a):
         return a / b
-    return bind(a, lambda a: bind(b, lambda b: _guarded(tirx.truncdiv, a, b, zero(a) - a)))
-
-
-def _guarded(function: Callable[[Any, Any], Any], a: Any, b: Any, by_minus_one: Any) -> Any:
-    """Return ``function(a, b)`` where processors trap: 0 for ``b = 0``, ``by_minus_one`` for ``b = -1``."""
-    if isinstance(b, tirx.IntImm) and int(b) not in (0, -1):
-        return function(a, b)
-    traps = b == zero(b) if _unsigned(b) else (b == zero(b)) | (b == tirx.const(-1, dtype_of(b)))
-    result = function(a, tirx.Select(traps, one(b), b))
+    quotient = tirx.truncdiv(a, _safe_divisor(b))
+    if isinstance(b, tirx.IntImm) and int(b) > 0:
+        return quotient
+    # Not a Select around the quotient: TVM would simplify the divisor under its condition.
+    sign = tirx.Select(tirx.EQ(b, zero(b)), zero(b), one(b))
     if not _unsigned(b):
-        result = tirx.Select(b == tirx.const(-1, dtype_of(b)), by_minus_one, result)
-    return tirx.Select(b == zero(b), zero(a), result)
+        sign = tirx.Select(tirx.EQ(b, tirx.const(-1, dtype_of(b))), zero(b) - one(b), sign)
+    return quotient * sign
+
+
+def _safe_divisor(b: Any) -> Any:
+    """Return 1 for the integers that processors trap on: 0, and -1 (the smallest number by -1 overflows)."""
+    traps = tirx.EQ(b, zero(b))
+    if not _unsigned(b):
+        traps = tirx.Or(traps, tirx.EQ(b, tirx.const(-1, dtype_of(b))))
+    return tirx.Select(traps, one(b), b)
 
 
 @TABLE.lowers("Mod")
@@ -95,7 +99,7 @@ def mod(site: Site) -> Any:
         if is_float(a):
             rest = libm("fmod", a, b)
         else:
-            rest = _guarded(tirx.truncmod, a, b, zero(a))
+            rest = tirx.truncmod(a, _safe_divisor(b))
         if like_c or _unsigned(a):
             return rest
         return bind(rest, lambda r: tirx.Select(_opposite(r, b), r + b, r))
@@ -251,7 +255,7 @@ def logical(site: Site) -> Any:
     combine: dict[str, Callable[[Any, Any], Any]] = {
         "And": tirx.And,
         "Or": tirx.Or,
-        "Xor": lambda a, b: tirx.Select(a, tirx.Not(b), b),
+        "Xor": lambda a, b: bind(b, lambda b: tirx.Select(a, invert(b), b)),
     }
     return pointwise(site, combine[site.op])
 
@@ -259,7 +263,12 @@ def logical(site: Site) -> Any:
 @TABLE.lowers("Not")
 def negation(site: Site) -> Any:
     """Not-1."""
-    return pointwise(site, tirx.Not)
+    return pointwise(site, invert)
+
+
+def invert(condition: Any) -> Any:
+    """Return the negation; bound, for TVM rewrites ``not a < b`` to ``b <= a``, which is false for NaN too."""
+    return bind(condition, tirx.Not)
 
 
 @TABLE.lowers("BitwiseAnd", "BitwiseOr", "BitwiseXor")

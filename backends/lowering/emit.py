@@ -70,9 +70,7 @@ def emit(
     var = builder.emit(call)
     if len(types) == 1:
         return [var] if many else var
-    # FuseOps moves a kernel that reads a plain tuple item up to that item, even above the binding of a symbol that
-    # the kernel needs; it does not look through a cast.
-    return [builder.match_cast(relax.TupleGetItem(var, i), type_) for i, type_ in enumerate(types)]
+    return [builder.emit(relax.TupleGetItem(var, i)) for i in range(len(types))]
 
 
 def _with_root(function: Any) -> Any:

@@ -53,18 +53,16 @@ def _function(model: oir.Model, node: oir.Node, number: int, names: set[str]) ->
     if proto is None or not _compatible(proto, model):
         return None
     proto.domain, proto.name = _DOMAIN, f"{node.op_type}_{number}"
+    # Bodies made for this node leave out what computes outputs that it does not have.
+    del proto.output[len(node.outputs) :]
     function = oir.serde.deserialize_function(proto)
     function.opset_imports.clear()
-    del function.outputs[len(node.outputs) :]
     for inner in function.all_nodes():
         provenance.inherit(inner, [node], made_by="expand_functions")
         inner.name = f"{node.name}.{inner.name or inner.op_type}"
         inner.version = None
         for value in inner.outputs:
             value.name = _unique(f"{node.name}.{value.name}", names)
-    if schema.has_context_dependent_function:
-        # The body was made for these very attributes and refers to none of them.
-        node.attributes.clear()
     node.domain, node.op_type, node.version = _DOMAIN, proto.name, None
     return function
 

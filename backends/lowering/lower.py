@@ -8,7 +8,7 @@ symbolically (``shape_values.py``); a kernel is emitted for it only when some no
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +95,7 @@ class Lowerer:
         inputs = [self._input(value) for value in graph.inputs if self._supported_input(value)]
         if self.refused:
             raise self._error()
-        with self.builder.function("main", pure=True):
+        with self.builder.function("main", pure=False):
             self.graph(graph)
             if self.refused:
                 self.builder.emit_func_output(relax.Tuple([]), params=[])
@@ -124,16 +124,42 @@ class Lowerer:
         finally:
             self.tensors, self.integers = saved
 
-    def branch(self, graph: oir.Graph) -> Any:
-        """Lower a subgraph into a block of its own; returns a Relax expression that gives a tuple of its outputs."""
+    def outline(self, name: str, lower: Callable[[], Sequence[Any]]) -> tuple[Any, list[Any]]:
+        """Lower into a function of its own; returns a call of it and the types of the tensors it gives.
+
+        ``lower`` emits the body and returns its results. Every value and symbol from outside that the body uses
+        becomes a parameter; dimensions that only the body knows are left out of the types. Branches are functions
+        because fusion and memory planning work function by function: inside of one, they take an If for
+        straight-line code.
+        """
+        outside = set(self.symbols)
         with self.scope():
             self.builder._begin_binding_block()
             try:
-                self.graph(graph)
-                results = self.builder.emit(relax.Tuple([self.tensor(value) for value in graph.outputs]))
+                results = list(lower())
+                output = self.builder.emit(relax.Tuple(results))
             finally:
                 block = self.builder._end_block()
-        return relax.SeqExpr([block], results)
+        body = relax.SeqExpr([block], output)
+        types = [self._visible(result.ty, outside) for result in results]
+        captured = list(relax.analysis.free_vars(body))
+        function = relax.Function(captured, body, relax.TupleType(types), is_pure=False)
+        symbols = list(relax.analysis.free_symbolic_vars(function))
+        sizes = relax.Var("sizes", relax.ShapeType(symbols))
+        function = relax.Function([*captured, sizes], body, relax.TupleType(types), is_pure=False)
+        target = self.builder.add_func(relax.utils.copy_with_new_vars(function), name)
+        return relax.Call(target, [*captured, relax.ShapeExpr(symbols)]), types
+
+    def _visible(self, type_: Any, outside: set[Any]) -> Any:
+        dims = [emission.plain(d) for d in type_.shape.values]
+        if all(self.free(d) <= outside for d in dims):
+            return type_
+        return relax.TensorType(None, type_.dtype, ndim=len(dims))
+
+    def subgraph(self, graph: oir.Graph) -> list[Any]:
+        """Lower a subgraph into the current block; returns its outputs."""
+        self.graph(graph)
+        return [self.tensor(value) for value in graph.outputs]
 
     def alias(self, value: oir.Value, source: oir.Value) -> None:
         """Let ``value`` be what ``source`` is."""
@@ -304,7 +330,10 @@ class Lowerer:
                 return te.compute(a.shape, lambda i: a[i].astype("int64"), "widen")
 
             tensor = emission.emit(self.builder, widen, [tensor], "cast", self.symbols)
-        shape = self.builder.emit(relax.op.tensor_to_shape(tensor))
+        # Called as an impure function because it has to be a barrier: FuseOps orders the kernels of a dataflow block
+        # by the tensors that they read, and may put one above the binding of a symbol that it needs.
+        read = relax.ExternFunc("vm.builtin.tensor_to_shape")
+        shape = self.builder.emit(relax.Call(read, [tensor], ty_args=[relax.ShapeType(ndim=length)]))
         symbols = [self.symbol(hint, size=size) for _ in range(length)]
         self.builder.match_cast(shape, relax.ShapeType(symbols))
         return symbols

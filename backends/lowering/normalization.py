@@ -295,9 +295,9 @@ def local_response_normalization(site: Site) -> Any:
         def squares(n: Any, c: Any, *s: Any) -> Any:
             channel = c + offset.var - before
             inside = tirx.And(channel >= 0, channel < shape[1])
-            value = convert(x(n, tirx.max(0, tirx.min(channel, shape[1] - 1)), *s), work)
-            square = vm.bind(value, lambda v: v * v)
-            return te.sum(tirx.Select(inside, square, tirx.const(0, work)), axis=offset)
+            # Not a Select, which would read outside.
+            value = tirx.if_then_else(inside, convert(x(n, channel, *s), work), tirx.const(0, work))
+            return te.sum(vm.bind(value, lambda v: v * v), axis=offset)
 
         total = te.compute(shape, squares, "squares")
 

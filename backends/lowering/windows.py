@@ -43,6 +43,7 @@ def windows(site: Site, sizes: Sequence[Any], kernel: Sequence[Any], *, ceil: bo
         half = [t // 2 for t in totals]
         rest = [t - h for t, h in zip(totals, half, strict=True)]
         before, after = (half, rest) if auto == "SAME_UPPER" else (rest, half)
+        before, after, out = ([site.simplify(v) for v in values] for values in (before, after, out))
         return Windows(list(kernel), strides, dilations, before, after, out)
     if auto == "VALID":
         pads = [0] * (2 * rank)
@@ -56,7 +57,7 @@ def windows(site: Site, sizes: Sequence[Any], kernel: Sequence[Any], *, ceil: bo
         count = up(span, t) + 1
         # A window that would start in the padding after the end is dropped.
         out.append(choose((count - 1) * t >= s + b, count - 1, count))
-    return Windows(list(kernel), strides, dilations, before, after, out)
+    return Windows(list(kernel), strides, dilations, before, after, [site.simplify(o) for o in out])
 
 
 def up(value: Any, divisor: int) -> Any:

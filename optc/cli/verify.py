@@ -47,7 +47,7 @@ def command(
 
     arguments = capture_arguments(input_shapes, dims)
     if bisect:
-        from optc.passes.observer import bisect as find_pass
+        from optc.passes.bisection import bisect as find_pass
 
         captured = capture(model, **arguments)
         limits = verification.integer_limits(captured)

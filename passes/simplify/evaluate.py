@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as oir
+from onnx.reference import ReferenceEvaluator
 from onnx.reference.ops import load_op
 
 Array = np.ndarray
@@ -40,8 +41,11 @@ def evaluate(node: oir.Node, arrays: Sequence[Array | None], *, limit: int, opse
                 results = _reference(node, arrays, opset)
     except (ValueError, TypeError, IndexError, ArithmeticError, NotImplementedError, RuntimeError) as error:
         raise EvaluationError(f"cannot be evaluated: {error}") from error
+    if len(results) < len(node.outputs):
+        raise EvaluationError(f"evaluated to {len(results)} outputs instead of {len(node.outputs)}")
     converted = []
-    for value, result in zip(node.outputs, results, strict=True):
+    # The reference computes optional outputs at the end also where the node leaves them out.
+    for value, result in zip(node.outputs, results, strict=False):
         if not isinstance(result, (np.ndarray, np.generic)) or value.dtype is None:
             raise EvaluationError(f"{value.name} is no tensor")
         array = np.asarray(result)
@@ -66,7 +70,7 @@ def _check_size(node: oir.Node, arrays: Sequence[Array | None], limit: int) -> N
 
 def _reference(node: oir.Node, arrays: Sequence[Array | None], opset: int) -> list[Any]:
     context = {"log": lambda *_: None, "opsets": {"": opset}, "verbose": 0, "new_ops": None}
-    implementation = load_op("", node.op_type, opset)(oir.to_proto(node), context)
+    implementation = load_op("", node.op_type, opset, evaluator_cls=ReferenceEvaluator)(oir.to_proto(node), context)
     return list(implementation.run(*arrays))
 
 

@@ -97,7 +97,7 @@ ERRORS = {
     "unknown target": (["compile", "m.onnx", "--target", "z80"], 2, "z80"),
     "no folder": (["compile", "m.onnx", "-o", "nowhere/m.optc"], 2, "nowhere"),
     "no factory": (["compile", "nowhere:build"], 2, "nowhere"),
-    "no artifact": (["run", "none.optc"], 6, "none.optc"),
+    "no artifact": (["run", "none.optc"], 2, "none.optc"),
     "rubbish artifact": (["run", "rubbish.onnx"], 6, "rubbish.onnx"),
     "truncated artifact": (["run", "truncated.optc"], 6, "truncated.optc"),
     "missing input": (["run", "m.optc"], 2, "x"),

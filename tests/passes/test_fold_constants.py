@@ -44,6 +44,11 @@ def test_identity_of_a_constant_output_settles(build):
     assert not PASS.call(model).modified
 
 
+def test_optional_outputs_that_are_left_out(build, check):
+    model = build("() => (float[n] y) { y = Attention(q, q, q) }", q=np.ones((1, 1, 2, 4), np.float32))
+    check(model, PASS, {}, fired={FOLD: 1}, ops=["Identity"])
+
+
 def test_several_outputs(build, check):
     model = build(
         (

@@ -1,0 +1,74 @@
+"""Compiling small models in process: frontend, lowering, fusion, generic schedule, LLVM, Relax VM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+import pytest
+import tvm
+from onnx import helper
+from tvm import relax
+
+from optc.backends.cpu.build import CpuBackend, generate
+from optc.backends.cpu.target import resolve
+from optc.frontend.onnx import load
+
+Run = Callable[..., list[np.ndarray]]
+
+
+def _aligned(array: np.ndarray) -> tvm.runtime.Tensor:
+    array = np.asarray(array)
+    buffer = np.zeros(array.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return tvm.runtime.tensor(view)
+
+
+@pytest.fixture(scope="session")
+def compile_model() -> Callable[[onnx.ModelProto], Run]:
+    """Return a function that compiles a model and returns ``run(*inputs) -> outputs``."""
+
+    def compile_(model: onnx.ModelProto) -> Run:
+        target = resolve("cpu")
+        module = CpuBackend(target).schedule(load(model))
+        executable, _ = generate(module.relax, target)
+        machine = relax.VirtualMachine(executable, tvm.cpu())
+        weights = [_aligned(w) for w in module.lowered.weights.values()]
+
+        def run(*inputs: np.ndarray) -> list[np.ndarray]:
+            return [r.numpy() for r in machine["main"](*map(_aligned, inputs), *weights)]
+
+        return run
+
+    return compile_
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., onnx.ModelProto]:
+    """Return a function that makes a model of ``nodes`` from inputs and outputs ``{name: (dtype, shape)}``."""
+
+    def make(
+        nodes: Sequence[onnx.NodeProto],
+        inputs: dict[str, tuple[object, Sequence[int | str]]],
+        outputs: dict[str, object],
+        constants: dict[str, np.ndarray] | None = None,
+        opset: int = 23,
+    ) -> onnx.ModelProto:
+        def info(name: str, dtype: object, shape: Sequence[int | str] | None) -> onnx.ValueInfoProto:
+            code = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+            return helper.make_tensor_value_info(name, code, shape)
+
+        graph = helper.make_graph(
+            nodes,
+            "test",
+            [info(name, dtype, shape) for name, (dtype, shape) in inputs.items()],
+            [info(name, dtype, None) for name, dtype in outputs.items()],
+            [onnx.numpy_helper.from_array(array, name) for name, array in (constants or {}).items()],
+        )
+        imports = [helper.make_opsetid("", opset)]
+        return helper.make_model(graph, opset_imports=imports, ir_version=10)
+
+    return make
