@@ -32,14 +32,15 @@ class _Compiled:
         self.graph_module = graph_module
         self.placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         self.frozen = [i for i, x in enumerate(example_inputs) if _is_weight(x)]
-        self.tensors = [
-            i for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor) and i not in set(self.frozen)
-        ]
-        self.versions: list[tuple[int, int]] | None = None
+        self.numbers = [i for i, node in enumerate(self.placeholders) if _is_number(node, example_inputs[i])]
+        known = {*self.frozen, *self.numbers}
+        self.tensors = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor) and i not in known]
+        self.versions: list[tuple[float, int]] | None = None
         self.run: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         versions = [(arguments[i].data_ptr(), arguments[i]._version) for i in self.frozen]
+        versions += [(arguments[i].item(), 0) for i in self.numbers]
         if self.run is None or versions != self.versions:
             self.run = self._compile(arguments)
             self.versions = versions
@@ -48,7 +49,8 @@ class _Compiled:
     def _compile(self, arguments: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
         import optc as package
 
-        wrapper = _Wrapper(self.graph_module, self._plan(arguments))
+        graph_module = _with_numbers(self.graph_module, {i: arguments[i].item() for i in self.numbers})
+        wrapper = _Wrapper(graph_module, self._plan(arguments))
         inputs = tuple(arguments[i] for i in self.tensors)
         shapes = tuple(_dynamic_dims(self.placeholders[i]) for i in self.tensors)
         artifact = package.compile(wrapper, inputs, dynamic_shapes=(shapes,) if any(shapes) else None, verify=False)
@@ -67,7 +69,7 @@ class _Compiled:
         """Return, per placeholder: a frozen tensor, an input's number, or where a size is read from."""
         plan: list[Any] = []
         for i, node in enumerate(self.placeholders):
-            if i in self.frozen:
+            if i in self.frozen or i in self.numbers:
                 plan.append(("weight", arguments[i].detach()))
             elif i in self.tensors:
                 plan.append(("input", self.tensors.index(i)))
@@ -114,6 +116,37 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, torch.nn.Parameter) or (
         isinstance(value, torch.Tensor) and getattr(value, "_dynamo_static_input_type", None) is not None
     )
+
+
+def _is_number(node: torch.fx.Node, value: Any) -> bool:
+    """Tell whether a placeholder is a Python float, which dynamo passes as a 0-d tensor when sizes are dynamic."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 0
+        and value.dtype == torch.float64
+        and all(user.op == "call_method" and user.target == "item" for user in node.users)
+    )
+
+
+def _with_numbers(graph_module: torch.fx.GraphModule, numbers: dict[int, float]) -> torch.fx.GraphModule:
+    """Return the graph with the floats at these placeholders written into it."""
+    if not numbers:
+        return graph_module
+    copied = torch.fx.GraphModule(graph_module, graph_module.graph.__class__())
+    copied.graph.output(copied.graph.graph_copy(graph_module.graph, {}))
+    placeholders = [node for node in copied.graph.nodes if node.op == "placeholder"]
+    for position, number in numbers.items():
+        for item in list(placeholders[position].users):
+
+            def written(node: torch.fx.Node, item: torch.fx.Node = item, number: float = number) -> Any:
+                return number if node is item else node
+
+            for user in list(item.users):
+                user.args = torch.fx.node.map_arg(user.args, written)
+                user.kwargs = torch.fx.node.map_arg(user.kwargs, written)
+            copied.graph.erase_node(item)
+    copied.recompile()
+    return copied
 
 
 def _dynamic_dims(node: torch.fx.Node) -> dict[int, Any]:

@@ -22,7 +22,7 @@ from optc.backends.base import Target
 from optc.backends.kernels import loops
 from optc.backends.kernels.contraction import COLUMN_BLOCK, ROW_BLOCK, TEMPLATE
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
-from optc.backends.kernels.loops import load, loop, replace, sequence, store
+from optc.backends.kernels.loops import bind, load, loop, replace, sequence, store
 
 PANEL_BYTES = 256 * 1024
 """Bytes of packed columns that stay in the second-level cache while all rows pass over them."""
@@ -53,12 +53,13 @@ class _Generator:
         self.rows, self.columns, self.batch = (self._pick(fused, axes) for axes in (rows, columns, batch))
         self.reduced = fused.reduced
         self.dtype = str(fused.accumulator.dtype)
-        self.r, self.n = self.rows.total, self.columns.total
-        self.k, self.b = self.reduced.total, self.batch.total
+        size = self.reader.size
+        self.r, self.n = size(self.rows.total), size(self.columns.total)
+        self.k, self.b = size(self.reduced.total), size(self.batch.total)
         self.mr, self.nr = self._tile()
         self.lanes = min(max(1, target.vector_bits // bits(self.dtype)), self.nr)
-        self.tiles = loops.ceildiv(self.n, self.nr)
-        self.row_tiles = loops.ceildiv(self.r, self.mr)
+        self.tiles = size(loops.ceildiv(self.n, self.nr))
+        self.row_tiles = size(loops.ceildiv(self.r, self.mr))
 
     @staticmethod
     def _pick(fused: Fused, positions: list[int]) -> Axes:
@@ -99,36 +100,41 @@ class _Generator:
 
         outer, inner = (self.row_tiles, self.tiles) if over_rows else (self.tiles, self.row_tiles)
 
-        def task(o: Any) -> Any:
-            b, position = self._split(o, outer)
+        def task(b: Any, position: Any) -> Any:
             if over_rows:
                 return loop("inner", inner, lambda i: tile(b, i, position))
             return loop("inner", inner, lambda i: tile(b, position, i))
 
-        return loop("tile", self.b * outer, task, "parallel")
+        return self._tasks(outer, task)
 
-    def _split(self, task: Any, inner: Any) -> tuple[Any, Any]:
-        """Return batch and inner position of a parallel task."""
-        if loops.static(self.b) == 1:
-            return loops.index(0), task
-        return task // inner, task % inner
+    def _tasks(self, inner: Any, body: Any) -> Any:
+        """Return the parallel loop over batch and ``inner``: ``body(batch position, inner position)``."""
+
+        def task(o: Any) -> Any:
+            if loops.static(self.b) == 1:
+                return body(loops.index(0), o)
+            return bind("b", o // inner, lambda b: bind("position", o % inner, lambda i: body(b, i)))
+
+        return loop("task", self.b * inner, task, "parallel")
 
     def _chunks(self) -> Any:
         """Pack a chunk of columns, pass all rows over it."""
         count = self._chunk_tiles()
-        chunks = loops.ceildiv(self.tiles, count)
+        chunks = self.reader.size(loops.ceildiv(self.tiles, count))
 
-        def chunk(o: Any) -> Any:
-            b, position = self._split(o, chunks)
-            first = position * count
+        def chunk(b: Any, position: Any) -> Any:
+            return bind("first", position * count, lambda first: body(b, first))
+
+        def body(b: Any, first: Any) -> Any:
             here = loops.smaller(count, self.tiles - first) if count != 1 else 1
             places = self.batch.at(b)
             panel, allocate = loops.scratch("panel", self.k * (count * self.nr), self.dtype, "global")
 
             def micro(r: Any, t: Any) -> Any:
-                return self._micro(
-                    places, r, first + t, lambda k, lane: load(panel, (t * self.k + k) * self.nr + lane)
-                )
+                def tile(position: Any, origin: Any) -> Any:
+                    return self._micro(places, r, position, lambda k, lane: load(panel, origin + k * self.nr + lane))
+
+                return bind("tile", first + t, lambda p: bind("origin", t * self.k * self.nr, lambda o: tile(p, o)))
 
             return sequence(
                 allocate,
@@ -136,7 +142,7 @@ class _Generator:
                 loop("r", self.row_tiles, lambda r: loop("t", here, lambda t: micro(r, t))),
             )
 
-        return loop("chunk", self.b * chunks, chunk, "parallel")
+        return self._tasks(chunks, chunk)
 
     def _chunk_tiles(self) -> int:
         """Return how many column tiles are packed together."""
@@ -152,41 +158,55 @@ class _Generator:
 
     def _pack(self, places: dict[Any, Any], panel: Any, first: Any, t: Any) -> Any:
         """Copy one column tile into its panel, vector by vector where neighbours in memory allow it."""
-        start, lanes, columns = (first + t) * self.nr, self.lanes, self.columns
+        lanes, columns = self.lanes, self.columns
         contiguous = self._contiguous()
 
-        def copy(vector: bool, segment: Any) -> Any:
-            c = start + segment * lanes
-
-            def element(k: Any, at_k: dict[Any, Any], lane: Any) -> Any:
-                column = c + lane if vector else loops.smaller(c + lane, self.n - 1)
-                where = columns.at(column)
-                if vector and contiguous == "row":
-                    where = columns.at(c)
-                    where[columns.variables[-1]] = where[columns.variables[-1]] + lane
-                value = self.reader.value(
-                    self.column_operand, {**places, **where, **at_k}, flat=[(columns, column)]
-                )
-                return store(panel, (t * self.k + k) * self.nr + segment * lanes + lane, value)
-
-            kind = "vectorized" if vector else "unrolled"
-            return self._over_reduced(
-                lambda k, at_k: self.reader.lanewise(lanes, lambda lane: element(k, at_k, lane), kind)
+        def element(v: Any, lane: Any, k: Any, at_k: dict[Any, Any], column: Any, where: dict[Any, Any]) -> Any:
+            value = self.reader.value(
+                self.column_operand, {**places, **where, **at_k}, flat=[(columns, column), (self.reduced, k)]
             )
+            return store(panel, (t * self.k + k) * self.nr + v * lanes + lane, value)
 
-        def segment(v: Any) -> Any:
+        def vector(v: Any, c: Any) -> Any:
+            named, bindings = _name(columns, c)
+            last = columns.variables[-1]
+
+            def at(k: Any, at_k: dict[Any, Any]) -> Any:
+                return self.reader.lanewise(
+                    lanes, lambda lane: element(v, lane, k, at_k, c + lane, {**named, last: named[last] + lane})
+                )
+
+            return sequence(*bindings, self._over_reduced(at))
+
+        def scalars(v: Any, c: Any) -> Any:
+            # The coordinates of each lane are computed once, not for every k.
+            placed = []
+            for lane in range(lanes):
+                column = tirx.Var("column", "int64")
+                named, bindings = _name(columns, column)
+                clamped = tirx.Bind(column, loops.index(loops.smaller(c + lane, self.n - 1)))
+                placed.append((lane, column, named, [clamped, *bindings]))
+
+            def at(k: Any, at_k: dict[Any, Any]) -> Any:
+                return sequence(*(element(v, lane, k, at_k, col, where) for lane, col, where, _ in placed))
+
+            return sequence(*(b for *_, bindings in placed for b in bindings), self._over_reduced(at))
+
+        def segment(v: Any, c: Any) -> Any:
             if contiguous is None:
-                return copy(False, v)
+                return scalars(v, c)
             if contiguous == "flat" and loops.static(self.n) is not None and self.n % self.nr == 0:
-                return copy(True, v)
-            c = loops.index(start + v * lanes)
+                return vector(v, c)
             inside = c + lanes <= loops.index(self.n)
             if contiguous == "row":
                 width = loops.index(columns.extents[-1])
                 inside = tirx.all(inside, c % width + lanes <= width)
-            return tirx.IfThenElse(inside, copy(True, v), copy(False, v))
+            return tirx.IfThenElse(inside, vector(v, c), scalars(v, c))
 
-        return loop("segment", self.nr // lanes, segment)
+        def place(v: Any) -> Any:
+            return bind("c", (first + t) * self.nr + v * lanes, lambda c: segment(v, c))
+
+        return loop("segment", self.nr // lanes, place)
 
     def _contiguous(self) -> str | None:
         """Tell whether neighbouring columns are neighbours in memory: all ("flat"), within a "row", or None."""
@@ -286,3 +306,10 @@ class _Generator:
         partial = loop("i", mr, lambda i: guarded(i, loop("j", here, lambda j: put(tail, i, j))))
         inside = loops.index((t + 1) * nr) <= loops.index(self.n)
         return tirx.IfThenElse(inside, whole, sequence(allocate, *copies, partial))
+
+
+def _name(axes: Axes, flat: Any) -> tuple[dict[Any, Any], list[Any]]:
+    """Return a fresh variable for each coordinate of position ``flat``, and the statements that bind them."""
+    named = {variable: tirx.Var(f"c{i}", "int64") for i, variable in enumerate(axes.variables)}
+    places = axes.at(flat)
+    return named, [tirx.Bind(named[variable], loops.index(places[variable])) for variable in axes.variables]

@@ -43,21 +43,28 @@ def conv(
     per_group = channels // groups
     depth = w.shape[2] if packed else w.shape[1]
     c = te.reduce_axis((0, depth), "c")
-    ks = [te.reduce_axis((0, k), f"k{i}") for i, k in enumerate(kernel)]
+    # An axis of extent 1 would hide that neighbouring pixels of a 1x1 convolution are neighbours in memory.
+    ks = [0 if k == 1 else te.reduce_axis((0, k), f"k{i}") for i, k in enumerate(kernel)]
+    reduced = [c, *(k for k in ks if not isinstance(k, int))]
     grouped = groups > 1
 
     def element(*index: Any) -> Any:
         n, g, m, *pixel = index if grouped else (index[0], 0, *index[1:])
-        where = [p * s + k * d for p, s, k, d in zip(pixel, strides, ks, dilations, strict=True)]
+        where = [_at(p, s, k, d) for p, s, k, d in zip(pixel, strides, ks, dilations, strict=True)]
         channel = g * depth + c if grouped else c
         weight = (w(g, m // ROW_BLOCK, c, *ks, m % ROW_BLOCK) if packed
                   else w(g * per_group + m if grouped else m, c, *ks))
-        return te.sum(widen(weight, dtype) * widen(x(n, channel, *where), dtype), axis=[c, *ks])
+        return te.sum(widen(weight, dtype) * widen(x(n, channel, *where), dtype), axis=reduced)
 
     lead = [x.shape[0], groups, per_group] if grouped else [x.shape[0], channels]
     first = len(lead)
     attributes = annotate([first - 1], range(first, first + len(out)), "rows" if packed else "")
     return te.compute((*lead, *out), element, "conv", attrs=attributes)
+
+
+def _at(pixel: Any, stride: int, k: Any, dilation: int) -> Any:
+    start = pixel if stride == 1 else pixel * stride
+    return start if isinstance(k, int) else start + k * dilation
 
 
 def add_bias(y: Any, bias: Any, axis: int, per_group: int) -> Any:

@@ -142,9 +142,11 @@ class _Generator:
             place = v * lanes if exact else loops.smaller(v * lanes, self.width - lanes)
             acc, allocate = loops.scratch("acc", lanes, self.dtype)
 
+            bases, fill = self._bases(plane, y, start)
+
             def total(lane: Any) -> Any:
-                terms = [load(weights, i) * self._image(places, plane, y, start + lane, i)
-                         for i in range(self.window[0] * self.window[1])]
+                window = range(self.window[0] * self.window[1])
+                terms = [load(weights, i) * self._image(places, plane, bases, y, start, lane, i) for i in window]
                 value = terms[0]
                 for term in terms[1:]:
                     value = value + term
@@ -156,21 +158,36 @@ class _Generator:
                 return self.reader.store(where, [], load(acc, lane))
 
             bind = tirx.Bind(start, loops.index(place))
-            return sequence(bind, allocate, self.reader.lanewise(lanes, total), self.reader.lanewise(lanes, put))
+            return sequence(bind, *fill, allocate, self.reader.lanewise(lanes, total), self.reader.lanewise(lanes, put))
 
         count = loops.ceildiv(self.width, lanes)
         return loop("y", self.height, lambda y: loop("v", count, lambda v: vector(y, v)))
 
-    def _image(self, places: dict[Any, Any], plane: Any, y: Any, x: Any, position: int) -> Any:
-        """Return the input under window position ``position`` for output ``(y, x)``."""
+    def _bases(self, plane: Any, y: Any, start: Any) -> tuple[Any, list[Any]]:
+        """Return where in the plane the vector begins for each phase and window row, and the statements for that.
+
+        Read from memory, these positions are opaque to TVM's region analysis, which takes seconds to relate them.
+        """
+        if plane is None:
+            return None, []
+        rows = self.window[0]
+        bases, allocate = loops.scratch("bases", self.strides[1] * rows, "int64")
+        fill = [allocate]
+        for phase in range(self.strides[1]):
+            for a in range(rows):
+                row = phase * self.rows + y * self.strides[0] + a * self.dilations[0]
+                fill.append(store(bases, phase * rows + a, row * self.pitch + start))
+        return bases, fill
+
+    def _image(self, places: dict[Any, Any], plane: Any, bases: Any, y: Any, x: Any, lane: Any, position: int) -> Any:
+        """Return the input under window position ``position`` for output ``(y, x + lane)``."""
         a, b = divmod(position, self.window[1])
         if plane is None:
             at = dict(zip(self.fused.reduced.variables, (loops.index(a), loops.index(b)), strict=True))
-            where = dict(zip(self.fused.spatial.variables[2:], (y, x), strict=True))
+            where = dict(zip(self.fused.spatial.variables[2:], (y, x + lane), strict=True))
             return self.reader.value(self.image, {**places, **where, **at})
         shift, phase = divmod(b * self.dilations[1], self.strides[1])
-        row = y * self.strides[0] + a * self.dilations[0]
-        return load(plane, (phase * self.rows + row) * self.pitch + x + shift)
+        return load(plane, load(bases, phase * self.window[0] + a) + shift + lane)
 
 
 def _source(expression: Any) -> Any:

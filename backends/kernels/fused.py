@@ -136,9 +136,10 @@ class Reader:
         return Axes(axes.variables, [self.size(e) for e in axes.extents])
 
     def size(self, extent: Any) -> Any:
-        """Return a number, a variable, or a variable bound once to a longer expression.
+        """Return a number, a variable, or a variable that stands for a longer expression.
 
-        Symbolic sizes deep in a network are long expressions, and every address would repeat them.
+        Symbolic sizes deep in a network are long expressions, and every address would repeat them. A variable bound
+        to the expression itself would not help, because TVM's simplifier puts the expression back.
         """
         extent = plain(extent)
         if isinstance(extent, int | tvm.ir.Var):
@@ -161,8 +162,17 @@ class Reader:
         if tail is not None:
             allocate, body = tirx.AllocBuffer(self.fused.accumulator), loops.sequence(body, self._tail(tail))
         views = [tirx.DeclBuffer(view, data=buffer.data) for buffer, view in self.views.items()]
-        sizes = [tirx.Bind(variable, value) for variable, value in self.sizes]
-        return self.fused.function.with_body(loops.sequence(*sizes, allocate, *views, body))
+        return self.fused.function.with_body(loops.sequence(*self._size_bindings(), allocate, *views, body))
+
+    def _size_bindings(self) -> list[Any]:
+        """Bind the sizes to what is read from memory, where the simplifier does not see the expressions."""
+        if not self.sizes:
+            return []
+        memory, allocate = loops.scratch("sizes", len(self.sizes), "int64")
+        bindings = [allocate]
+        for i, (variable, value) in enumerate(self.sizes):
+            bindings += [loops.store(memory, i, value), tirx.Bind(variable, load(memory, i))]
+        return bindings
 
     def _tail(self, block: Any) -> Any:
         """Return the loops of the last stage: the innermost axis serial, the others in parallel."""

@@ -115,3 +115,15 @@ def loads(expression: Any) -> list[Any]:
     found: list[Any] = []
     tvm_ffi.structural_walk(expression, (tvm.ir.TensorLoad, lambda x: found.append(x)))
     return found
+
+
+def bind(name: str, value: Any, body: Callable[[Any], Any]) -> Any:
+    """Return ``body(name)`` with ``name`` bound to ``value`` before it; numbers and variables are passed as they are.
+
+    Addresses are built from these values, and TVM simplifies each address over and over.
+    """
+    value = index(value)
+    if isinstance(value, tirx.IntImm | tvm.ir.Var):
+        return body(value)
+    variable = tirx.Var(name, "int64")
+    return sequence(tirx.Bind(variable, value), body(variable))

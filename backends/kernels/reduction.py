@@ -163,10 +163,9 @@ def arg_reduce(
 
     def found(outer: Any, inner: Any) -> Any:
         value = read(outer, inner)
-        equal = tirx.EQ(value, best(*outer))
-        if "float" in dtype:
-            equal = tirx.Or(equal, tirx.And(tirx.isnan(value), tirx.isnan(best(*outer))))
-        return tirx.Select(equal, inner[0].astype("int64"), tirx.const(absent, "int64"))
+        here, nowhere = inner[0].astype("int64"), tirx.const(absent, "int64")
+        result = tirx.Select(tirx.EQ(value, best(*outer)), here, nowhere)
+        return tirx.Select(vector_math.is_ordered(value), result, here) if "float" in dtype else result
 
     return reduce(position, found, rows, [extent], contiguous=contiguous, name="position")
 

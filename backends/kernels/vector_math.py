@@ -92,7 +92,7 @@ def _to_bfloat16(x: Expr) -> Expr:
     def rounded(x: Expr, bits: Expr) -> Expr:
         odd = (bits >> tirx.const(16, "uint32")) & tirx.const(1, "uint32")
         half_even = (bits + odd + tirx.const(0x7FFF, "uint32")) >> tirx.const(16, "uint32")
-        return tirx.Select(tirx.isnan(x), tirx.const(0x7FC0, "uint32"), half_even).astype("uint16")
+        return tirx.Select(is_ordered(x), half_even, tirx.const(0x7FC0, "uint32")).astype("uint16")
 
     bits = bind(x, lambda x: bind(tirx.reinterpret("uint32", x), lambda bits: rounded(x, bits)))
     return tirx.reinterpret("bfloat16", bits)
@@ -111,9 +111,12 @@ def wide(function: Callable[[Expr], Expr]) -> Callable[[Expr], Expr]:
     return apply
 
 
-def is_nan(x: Expr) -> Expr:
-    """Tell whether a floating-point expression is NaN."""
-    return tirx.isnan(convert(x, "float32") if dtype_of(x) in _HALF else x)
+def is_ordered(x: Expr) -> Expr:
+    """Tell whether a float32 or float64 is not NaN; vectorizes, unlike ``tirx.isnan``. Must not be negated:
+
+    TVM takes ``not a <= b`` for ``b < a``.
+    """
+    return x <= tirx.const(math.inf, dtype_of(x))
 
 
 def _horner(x: Expr, coefficients: tuple[float, ...]) -> Expr:
@@ -129,7 +132,7 @@ def _power_of_two(n: Expr) -> Expr:
     return tirx.reinterpret("float32", (n + 127) << 23)
 
 
-_EXP = (0.5, 0.1666666716337204, 0.04166625440120697, 0.008333262987434864, 0.0013947224942967296)
+_EXP: tuple[float, ...] = (0.5, 0.1666666716337204, 0.04166625440120697, 0.008333262987434864, 0.0013947224942967296)
 _EXP = (*_EXP, 0.00019919380429200828)
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 
@@ -175,7 +178,7 @@ def expm1_negative(x: Expr) -> Expr:
     return _expm1_negative(tirx.min(f32(0.0), x))
 
 
-_LOG = (0.3333333134651184, -0.24999967217445374, 0.20000089704990387, -0.16669411957263947)
+_LOG: tuple[float, ...] = (0.3333333134651184, -0.24999967217445374, 0.20000089704990387, -0.16669411957263947)
 _LOG = (*_LOG, 0.1428513079881668, -0.12424284219741821, 0.11035890132188797, -0.1082007884979248)
 _LOG = (*_LOG, 0.10634192824363708, -0.05978464335203171)
 
@@ -185,11 +188,8 @@ def log(x: Expr) -> Expr:
     """Return the natural logarithm; float32 error below 1.5 ulp, denormal arguments included."""
     if dtype_of(x) == "float64":
         return tirx.log(x)
-    return tirx.Select(
-        tirx.isnan(x) | (x < f32(0.0)),
-        f32(math.nan),
-        tirx.Select(x == f32(0.0), f32(-math.inf), tirx.Select(x == f32(math.inf), x, _log_of_positive(x))),
-    )
+    positive = tirx.Select(x == f32(math.inf), x, _log_of_positive(x))
+    return tirx.Select(x > f32(0.0), positive, tirx.Select(x == f32(0.0), f32(-math.inf), f32(math.nan)))
 
 
 def _log_of_positive(x: Expr) -> Expr:
@@ -255,7 +255,7 @@ def copy_sign(magnitude: Expr, sign: Expr) -> Expr:
 
 # erf(x) = x P(x^2) / Q(x^2) up to where it rounds to 1.
 _ERF_LIMIT = 3.92
-_ERF_P = (1.1283791065216064, 0.1999213546514511, 0.05057290941476822, 0.003701484529301524)
+_ERF_P: tuple[float, ...] = (1.1283791065216064, 0.1999213546514511, 0.05057290941476822, 0.003701484529301524)
 _ERF_P = (*_ERF_P, 0.00014184815518092364, -1.957841732291854e-06, 1.992456510890861e-08)
 _ERF_Q = (1.0, 0.510507345199585, 0.11499710381031036, 0.014352940022945404, 0.0009560111211612821)
 
@@ -297,7 +297,7 @@ def _extreme(function: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr:
         return function(a, b)
     if _is_number(b):
         return function(b, a)
-    return bind(a, lambda a: tirx.Select(tirx.isnan(a), a, function(a, b)))
+    return bind(a, lambda a: tirx.Select(is_ordered(a), function(a, b), a))
 
 
 def _is_number(x: Expr) -> bool:

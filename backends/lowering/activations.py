@@ -197,7 +197,9 @@ def softmax(site: Site) -> Any:
         def read(outer: Any, inner: Any) -> Any:
             return convert(x(*outer[:axis], inner[0], *outer[axis:]), work)
 
-        top = reduction.reduce(reduction.maximum(work), read, rows, extents, contiguous=last)
+        # A NaN that the maximum loses still reaches the sum.
+        largest = reduction.Reducer(lambda a, b: tirx.max(a, b), reduction.limit(work, -1), work)
+        top = reduction.reduce(largest, read, rows, extents, contiguous=last)
         # Computed once here: the sum and the quotient both read it.
         shifted = te.compute(shape, lambda *i: bind(convert(x(*i), work), lambda v: v - top(*at(i))), "shifted")
         powers = te.compute(shape, lambda *i: vm.exp(shifted(*i)), "powers")
@@ -211,7 +213,8 @@ def softmax(site: Site) -> Any:
         if logarithm:
             logs = te.compute(rows, lambda *i: vm.log(total(*i)), "logs")
             return te.compute(shape, lambda *i: convert(shifted(*i) - logs(*at(i)), dtype), "logsoftmax")
-        return te.compute(shape, lambda *i: convert(powers(*i) / total(*at(i)), dtype), "softmax")
+        inverse = te.compute(rows, lambda *i: tirx.const(1, work) / total(*i), "inverse")
+        return te.compute(shape, lambda *i: convert(powers(*i) * inverse(*at(i)), dtype), "softmax")
 
     return site.emit(compute, site.tensor(0))
 

@@ -274,10 +274,16 @@ class Lowerer:
 
     def weight(self, array: np.ndarray, name: str) -> Any:
         """Return a parameter of ``main`` that the artifact binds to ``array``."""
-        if name not in self.weights:
-            self.weights[name] = array
-            dtype = array.dtype.name
-            self.weight_vars[name] = relax.Var(_identifier(name), relax.TensorType(array.shape, dtype))
+        stem, count = name, 0
+        while name in self.weights:
+            known = self.weights[name]
+            if known is array or (known.dtype == array.dtype and np.array_equal(known, array)):
+                return self.weight_vars[name]
+            count += 1
+            name = f"{stem}.{count}"
+        self.weights[name] = array
+        dtype = array.dtype.name
+        self.weight_vars[name] = relax.Var(_identifier(name), relax.TensorType(array.shape, dtype))
         return self.weight_vars[name]
 
     def materialize(self, known: np.ndarray, dtype: str) -> Any:

@@ -6,7 +6,8 @@ keeps one panel of sums in registers while it reads the state once: a vector-mat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,27 @@ class _Cell:
             return value
         bound = tirx.const(limit, self.compute)
         return tirx.max(tirx.min(value, bound), tirx.const(-limit, self.compute))
+
+
+@dataclass
+class _State:
+    """Scratch of the kernel: recurrent sums, hidden state, cell state (of a GRU: reset state), update gate."""
+
+    sums: Cells
+    h: Cells
+    second: Cells
+    update: Cells
+
+    @classmethod
+    def allocate(cls, cell: _Cell) -> _State:
+        """Allocate the scratch of one kernel."""
+        shapes = [
+            [cell.batch, cell.columns],
+            [cell.batch, cell.hidden],
+            [cell.batch, cell.hidden],
+            [cell.hidden],
+        ]
+        return cls(*(imperative.cells(shape, cell.compute, scope="global") for shape in shapes))
 
 
 @TABLE.lowers("RNN", "GRU", "LSTM")
@@ -146,7 +168,8 @@ def _activations(site: Site, directions: int) -> list[list[Activation]]:
         beta = betas.pop(0) if title in _BETA and betas else _BETA.get(title, 0.0)
         functions.append(_bound(_FUNCTIONS[title], alpha, beta))
     per = len(_DEFAULTS[site.op])
-    if len(functions) != per * directions:
+    # The schema's default for a one-directional RNN names two.
+    if len(functions) < per * directions:
         site.unsupported(f"{len(functions)} activations given, {per * directions} needed")
     return [functions[d * per : (d + 1) * per] for d in range(directions)]
 
@@ -185,19 +208,17 @@ _FUNCTIONS: dict[str, Callable[[Any, Any, Any], Any]] = {
 def _emit(cell: _Cell, tensors: Sequence[Any]) -> Any:
     site, count = cell.site, len(cell.directions)
     dtype = site.dtype(0)
-    state = [cell.batch, count, cell.hidden] if cell.batch_first else [count, cell.batch, cell.hidden]
+    last = [cell.batch, count, cell.hidden] if cell.batch_first else [count, cell.batch, cell.hidden]
     if cell.batch_first:
         sequence = [cell.batch, cell.steps, count, cell.hidden]
     else:
         sequence = [cell.steps, count, cell.batch, cell.hidden]
-    outputs = [(sequence, dtype), (state, dtype)] + [(state, dtype)] * (site.op == "LSTM")
+    outputs = [(sequence, dtype), (last, dtype)] + [(last, dtype)] * (site.op == "LSTM")
 
     def body(ins: list[Cells], outs: list[Cells]) -> None:
-        sums = imperative.cells([cell.batch, cell.columns], cell.compute, scope="global")
-        h = imperative.cells([cell.batch, cell.hidden], cell.compute, scope="global")
-        second = imperative.cells([cell.batch, cell.hidden], cell.compute, scope="global")
+        state = _State.allocate(cell)
         for direction, backward in enumerate(cell.directions):
-            _run_direction(cell, ins, outs, direction, backward, sums, h, second)
+            _run_direction(cell, ins, outs, direction, backward, state)
 
     def compute(*a: Any) -> Any:
         return list(imperative.procedure(a, outputs, body, site.op.lower()))
@@ -206,16 +227,10 @@ def _emit(cell: _Cell, tensors: Sequence[Any]) -> Any:
 
 
 def _run_direction(
-    cell: _Cell,
-    ins: list[Cells],
-    outs: list[Cells],
-    direction: int,
-    backward: bool,
-    sums: Cells,
-    h: Cells,
-    second: Cells,
+    cell: _Cell, ins: list[Cells], outs: list[Cells], direction: int, backward: bool, state: _State
 ) -> None:
-    """Write the loop over time of one direction; ``second`` is the cell state, or the candidate of a GRU."""
+    """Write the loop over time of one direction."""
+    h, second = state.h, state.second
     lstm = cell.site.op == "LSTM"
     step_of = {"RNN": _rnn, "GRU": _gru, "LSTM": _lstm}[cell.site.op]
 
@@ -232,7 +247,7 @@ def _run_direction(
         h[b, j] = cell.read(ins, "h", at_state(b, j))
         second[b, j] = cell.read(ins, "c", at_state(b, j)) if lstm else tirx.const(0, cell.compute)
     with loop(cell.steps) as (s,):
-        _multiply(cell, ins, direction, h, sums, 0, cell.gates)
+        _multiply(cell, ins, direction, h, state.sums, 0)
         with loop(cell.batch) as (b,):
             length = as_index(cell.steps)
             if "lengths" in cell.operands:
@@ -240,8 +255,8 @@ def _run_direction(
             t = variable("int64", length - 1 - s if backward else s)
             with imperative.when(s < length):
                 row = b * cell.steps + t[0] if cell.batch_first else t[0] * cell.batch + b
-                step_of(cell, ins, direction, b, row, sums, h, second)
-                with loop(cell.hidden) as (j,):
+                step_of(cell, ins, direction, b, row, state)
+                with _elements(cell) as j:
                     store(outs[0], at_sequence(t[0], b, j), h[b, j])
             with imperative.when(s >= length), loop(cell.hidden) as (j,):
                 store(outs[0], at_sequence(s, b, j), tirx.const(0, cell.compute))
@@ -251,15 +266,35 @@ def _run_direction(
             store(outs[2], at_state(b, j), second[b, j])
 
 
+@contextmanager
+def _elements(cell: _Cell) -> Iterator[Any]:
+    """Loop over the hidden elements, in vectors if they fill them."""
+    if cell.hidden % LANES:
+        with loop(cell.hidden) as (j,):
+            yield j
+    else:
+        with loop(cell.hidden // LANES) as (outer,), loop(LANES, kind="vectorized") as (inner,):
+            yield outer * LANES + inner
+
+
 def _multiply(
-    cell: _Cell, ins: list[Cells], direction: int, state: Cells, sums: Cells, first: int, last: int
+    cell: _Cell,
+    ins: list[Cells],
+    direction: int,
+    state: Cells,
+    sums: Cells,
+    first_gate: int,
+    only: Any = None,
 ) -> None:
-    """Set the columns of gates ``first .. last - 1`` (whole panels around them) of ``sums`` to state times weights."""
+    """Set ``sums`` of ``first_gate`` and the gates after it, for all batch entries or ``only`` one.
+
+    Whole panels are written, also the columns before ``first_gate`` in its first panel.
+    """
     width, weights = cell.width, ins[cell.operands["weights"]]
-    begin = first * cell.hidden // width
-    end = -(-last * cell.hidden // width)
-    with loop(end - begin, cell.batch) as (offset, b):
+    begin = first_gate * cell.hidden // width
+    with loop(cell.columns // width - begin, cell.batch if only is None else 1) as (offset, entry):
         panel = offset + begin
+        b = entry if only is None else only
         total = imperative.cells([width], cell.compute)
         with loop(width // LANES, kind="unroll") as (u,), loop(LANES, kind="vectorized") as (v,):
             total[u * LANES + v] = 0
@@ -292,65 +327,58 @@ def _gate(
     return value + _recurrent_bias(cell, ins, direction, gate, j)
 
 
-def _rnn(
-    cell: _Cell, ins: list[Cells], direction: int, b: Any, row: Any, sums: Cells, h: Cells, _: Cells
-) -> None:
+def _rnn(cell: _Cell, ins: list[Cells], direction: int, b: Any, row: Any, state: _State) -> None:
     (f,) = cell.activations[direction]
-    with loop(cell.hidden) as (j,):
-        h[b, j] = f(cell.clip(_gate(cell, ins, direction, 0, b, row, sums, j)))
+    with _elements(cell) as j:
+        state.h[b, j] = f(cell.clip(_gate(cell, ins, direction, 0, b, row, state.sums, j)))
 
 
-def _lstm(
-    cell: _Cell, ins: list[Cells], direction: int, b: Any, row: Any, sums: Cells, h: Cells, c: Cells
-) -> None:
+def _lstm(cell: _Cell, ins: list[Cells], direction: int, b: Any, row: Any, state: _State) -> None:
     """Gates i, o, f, c; the output gate sees the new cell state through its peephole."""
     f, g, last = cell.activations[direction]
+    sums, h, c = state.sums, state.h, state.second
+    one = tirx.const(1, cell.compute)
     coupled = bool(cell.site.attr("input_forget", 0))
 
-    def peephole(number: int, j: Any, state: Any) -> Any:
+    def peephole(number: int, j: Any, value: Any) -> Any:
         if "peephole" not in cell.operands:
             return tirx.const(0, cell.compute)
-        return cell.read(ins, "peephole", (direction, number * cell.hidden + j)) * state
+        return cell.read(ins, "peephole", (direction, number * cell.hidden + j)) * value
 
-    with loop(cell.hidden) as (j,):
+    with _elements(cell) as j:
 
         def gate(number: int, extra: Any = None) -> Any:
             value = _gate(cell, ins, direction, number, b, row, sums, j)
             return cell.clip(value if extra is None else value + extra)
 
-        entry = variable(cell.compute, f(gate(0, peephole(0, j, c[b, j]))))
-        forget = variable(
-            cell.compute,
-            tirx.const(1, cell.compute) - entry[0] if coupled else f(gate(2, peephole(2, j, c[b, j]))),
-        )
-        c[b, j] = forget[0] * c[b, j] + entry[0] * g(gate(3))
+        # The sums of a gate make room for its activation, because a vector loop has no variables.
+        sums[b, j] = f(gate(0, peephole(0, j, c[b, j])))
+        forget = (b, 2 * cell.hidden + j)
+        sums[forget] = one - sums[b, j] if coupled else f(gate(2, peephole(2, j, c[b, j])))
+        c[b, j] = sums[forget] * c[b, j] + sums[b, j] * g(gate(3))
         h[b, j] = f(gate(1, peephole(1, j, c[b, j]))) * last(c[b, j])
 
 
-def _gru(
-    cell: _Cell, ins: list[Cells], direction: int, b: Any, row: Any, sums: Cells, h: Cells, reset: Cells
-) -> None:
+def _gru(cell: _Cell, ins: list[Cells], direction: int, b: Any, row: Any, state: _State) -> None:
     """Gates z, r, h; without ``linear_before_reset`` the reset state is multiplied with the weights again."""
     f, g = cell.activations[direction]
     linear = bool(cell.site.attr("linear_before_reset", 0))
-    one = tirx.const(1, cell.compute)
-    with loop(cell.hidden) as (j,):
+    sums, h, reset, update = state.sums, state.h, state.second, state.update
+    with _elements(cell) as j:
         r = f(cell.clip(_gate(cell, ins, direction, 1, b, row, sums, j)))
         if linear:
-            bias = _recurrent_bias(cell, ins, direction, 2, j)
-            reset[b, j] = r * (sums[b, 2 * cell.hidden + j] + bias)
+            reset[b, j] = r * (sums[b, 2 * cell.hidden + j] + _recurrent_bias(cell, ins, direction, 2, j))
         else:
             reset[b, j] = r * h[b, j]
-    # The update gate is kept where its sum was, because the second product may overwrite its panel.
-    update = imperative.cells([cell.hidden], cell.compute, scope="global")
-    with loop(cell.hidden) as (j,):
+        # Kept aside, because the second product may overwrite the sums of this gate.
         update[j] = f(cell.clip(_gate(cell, ins, direction, 0, b, row, sums, j)))
     if not linear:
-        _multiply_one(cell, ins, direction, b, reset, sums)
-    with loop(cell.hidden) as (j,):
-        inner = reset[b, j] if linear else sums[b, 2 * cell.hidden + j]
-        value = _inputs(cell, ins, direction, 2, row, j) + inner
-        if not linear:
-            value = value + _recurrent_bias(cell, ins, direction, 2, j)
-        candidate = variable(cell.compute, g(cell.clip(value)))
-        h[b, j] = (one - update[j]) * candidate[0] + update[j] * h[b, j]
+        _multiply(cell, ins, direction, reset, sums, 2, only=b)
+    with _elements(cell) as j:
+        value = _inputs(cell, ins, direction, 2, row, j)
+        if linear:
+            value = value + reset[b, j]
+        else:
+            value = value + sums[b, 2 * cell.hidden + j] + _recurrent_bias(cell, ins, direction, 2, j)
+        candidate = g(cell.clip(value))
+        h[b, j] = (tirx.const(1, cell.compute) - update[j]) * candidate + update[j] * h[b, j]

@@ -10,7 +10,6 @@ from onnx import helper
 
 from optc.errors import UnsupportedModelError
 
-
 EPSILON = float(np.float32(1e-5))  # the default of the attribute, which is a float32
 
 

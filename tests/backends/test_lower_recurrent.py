@@ -1,0 +1,162 @@
+"""RNN, GRU and LSTM against onnxruntime."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper
+
+from optc.errors import UnsupportedModelError
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+PER_DIRECTION = {"RNN": 1, "GRU": 2, "LSTM": 3}
+
+
+def reference(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), options).run(None, feeds)
+
+
+def build(make_model, op, *, direction="forward", hidden=5, features=4, given=(), constant=True, seed=0, **attrs):
+    """Return a model of one recurrent node with symbolic time and batch, and a function that makes its inputs."""
+    rng = np.random.default_rng(seed)
+    d, g = 2 if direction == "bidirectional" else 1, GATES[op]
+    first = attrs.get("layout", 0) == 1
+    names = ["x", "w", "r", "b", "lens", "h0"] + (["c0", "p"] if op == "LSTM" else [])
+    used = [n if n in ("x", "w", "r", *given) else "" for n in names]
+    while not used[-1]:
+        used.pop()
+    weights = {
+        "w": rng.normal(size=(d, g * hidden, features)).astype("f4") * 0.5,
+        "r": rng.normal(size=(d, g * hidden, hidden)).astype("f4") * 0.5,
+        "b": rng.normal(size=(d, 2 * g * hidden)).astype("f4") * 0.5,
+        "p": rng.normal(size=(d, 3 * hidden)).astype("f4") * 0.5,
+    }
+    weights = {k: v for k, v in weights.items() if k in used}
+    state = ["n", d, hidden] if first else [d, "n", hidden]
+    inputs = {"x": ("f4", ["n", "t", features] if first else ["t", "n", features])}
+    inputs |= {k: ("f4", state) for k in ("h0", "c0") if k in used}
+    if "lens" in used:
+        inputs["lens"] = ("i4", ["n"])
+    if not constant:
+        inputs |= {k: ("f4", v.shape) for k, v in weights.items()}
+    outputs = {"y": "f4", "yh": "f4"} | ({"yc": "f4"} if op == "LSTM" else {})
+    node = helper.make_node(op, used, list(outputs), hidden_size=hidden, direction=direction, **attrs)
+    model = make_model([node], inputs, outputs, weights if constant else {}, opset=21)
+
+    def feed(steps: int, batch: int) -> dict[str, np.ndarray]:
+        sizes = {"t": steps, "n": batch}
+        result = {}
+        for name, (dtype, shape) in inputs.items():
+            shape = [sizes.get(s, s) for s in shape]
+            if name == "lens":
+                result[name] = rng.integers(1, steps + 1, size=shape).astype("i4")
+            elif name in weights:
+                result[name] = weights[name]
+            else:
+                result[name] = rng.normal(size=shape).astype(dtype)
+        return result
+
+    return model, feed
+
+
+def check(compile_model, model, feeds):
+    run = compile_model(model)
+    names = [i.name for i in model.graph.input]
+    for feed in feeds:
+        for got, want in zip(run(*(feed[n] for n in names)), reference(model, feed), strict=True):
+            assert got.shape == want.shape
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("op", ["RNN", "GRU", "LSTM"])
+def test_directions_states_lengths(compile_model, make_model, op, direction):
+    given = ("b", "lens", "h0", "c0", "p")
+    model, feed = build(make_model, op, direction=direction, given=given)
+    check(compile_model, model, [feed(6, 3), feed(1, 1)])
+
+
+@pytest.mark.parametrize("op", ["RNN", "GRU", "LSTM"])
+def test_weights_that_are_inputs(compile_model, make_model, op):
+    model, feed = build(make_model, op, constant=False, given=("b",), direction="bidirectional")
+    check(compile_model, model, [feed(3, 2)])
+
+
+@pytest.mark.parametrize("hidden", [1, 16, 33, 128])
+def test_hidden_sizes_that_do_and_do_not_fill_panels(compile_model, make_model, hidden):
+    model, feed = build(make_model, "LSTM", hidden=hidden, given=("b",))
+    check(compile_model, model, [feed(3, 2)])
+
+
+@pytest.mark.parametrize("linear", [0, 1])
+@pytest.mark.parametrize("hidden", [3, 24])
+def test_gru_reset(compile_model, make_model, linear, hidden):
+    model, feed = build(
+        make_model, "GRU", hidden=hidden, given=("b", "h0", "lens"), linear_before_reset=linear
+    )
+    check(compile_model, model, [feed(4, 2)])
+
+
+def test_lstm_clip_and_coupled_gates(compile_model, make_model):
+    for attributes in ({"clip": 0.3}, {"input_forget": 1}):
+        model, feed = build(make_model, "LSTM", given=("b", "p", "c0"), **attributes)
+        check(compile_model, model, [feed(4, 2)])
+
+
+@pytest.mark.parametrize(
+    "name", ["Relu", "Tanh", "Sigmoid", "Affine", "LeakyRelu", "ThresholdedRelu", "ScaledTanh", "HardSigmoid",
+             "Elu", "Softsign", "Softplus"]
+)  # fmt: skip
+def test_activations(compile_model, make_model, name):
+    arguments = {"activations": [name]}
+    if name in ("Affine", "LeakyRelu", "ThresholdedRelu", "ScaledTanh", "HardSigmoid", "Elu"):
+        arguments["activation_alpha"] = [0.3]
+    if name in ("Affine", "ScaledTanh", "HardSigmoid"):
+        arguments["activation_beta"] = [0.4]
+    model, feed = build(make_model, "RNN", given=("b",), **arguments)
+    check(compile_model, model, [feed(3, 2)])
+
+
+def test_alphas_go_to_the_activations_that_take_one(compile_model, make_model):
+    model, feed = build(
+        make_model,
+        "GRU",
+        direction="bidirectional",
+        activations=["Sigmoid", "LeakyRelu", "HardSigmoid", "Tanh"],
+        activation_alpha=[0.2, 0.3],
+        activation_beta=[0.1],
+    )
+    check(compile_model, model, [feed(3, 2)])
+
+
+def test_batch_first_against_time_first(compile_model, make_model):
+    for op in ("RNN", "GRU", "LSTM"):
+        options = {"given": ("b", "h0", "c0"), "direction": "bidirectional", "seed": 3}
+        model, feed = build(make_model, op, layout=1, **options)
+        first = feed(4, 3)
+        got = compile_model(model)(*first.values())
+        plain, _ = build(make_model, op, **options)
+        swapped = {k: v.swapaxes(0, 1) for k, v in first.items()}
+        want = reference(plain, swapped)
+        np.testing.assert_allclose(got[0], want[0].transpose(2, 0, 1, 3), rtol=1e-4, atol=1e-6)
+        for a, b in zip(got[1:], want[1:], strict=True):
+            np.testing.assert_allclose(a, b.swapaxes(0, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_no_steps_leave_the_initial_state(compile_model, make_model):
+    model, feed = build(make_model, "LSTM", given=("h0", "c0"))
+    feeds = feed(0, 2)
+    y, h, c = compile_model(model)(*feeds.values())
+    assert y.shape == (0, 1, 2, 5)
+    np.testing.assert_array_equal(h, feeds["h0"])
+    np.testing.assert_array_equal(c, feeds["c0"])
+
+
+def test_unknown_activation_is_refused(compile_model, make_model):
+    model, _ = build(make_model, "RNN", activations=["Sine"])
+    with pytest.raises(UnsupportedModelError, match="Sine"):
+        compile_model(model)
