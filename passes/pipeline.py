@@ -160,12 +160,19 @@ class _Runner:
             return
         outputs = self.model.graph.outputs
         declared = [value.shape for value in outputs]
+        known = _shape_texts(self.model)
         shapes.infer(self.model)
         used = dims.used_names(dims.all_values(self.model.graph))
         for value, shape in zip(outputs, declared, strict=True):
             if value.shape is None and shape is not None:
                 # The interface says more than can be inferred; sizes get names of their own again.
                 value.shape = oir.Shape([d if isinstance(d, int) else _fresh_dim(used) for d in shape])
+        # A shape that became known lets settled passes find more to do, like any other change.
+        self._changes += _shape_texts(self.model) != known
+
+
+def _shape_texts(model: oir.Model) -> dict[str, str]:
+    return {str(value.name): str(value.shape) for graph in model.graphs() for node in graph for value in node.outputs}
 
 
 def _fresh_dim(used: set[str]) -> str:

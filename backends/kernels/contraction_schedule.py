@@ -58,6 +58,7 @@ class _Generator:
         self.k, self.b = size(self.reduced.total), size(self.batch.total)
         self.mr, self.nr = self._tile()
         self.lanes = min(max(1, target.vector_bits // bits(self.dtype)), self.nr)
+        self.whole_columns = loops.static(self.n) is not None and self.n % self.nr == 0
         self.tiles = size(loops.ceildiv(self.n, self.nr))
         self.row_tiles = size(loops.ceildiv(self.r, self.mr))
 
@@ -112,9 +113,14 @@ class _Generator:
 
         def task(o: Any) -> Any:
             if loops.static(self.b) == 1:
-                return body(loops.index(0), o)
-            return bind("b", o // inner, lambda b: bind("position", o % inner, lambda i: body(b, i)))
+                return sequence(*self.spare, body(loops.index(0), o))
+            rest = bind("b", o // inner, lambda b: bind("position", o % inner, lambda i: body(b, i)))
+            return sequence(*self.spare, rest)
 
+        # Accumulators indexed by a variable would leave their registers: a partial column tile copies them here. In
+        # another scope, or TVM would merge the two allocations.
+        self.tail, allocate = loops.scratch("tail", self.mr * self.nr, self.dtype, "global")
+        self.spare = [] if self.whole_columns else [allocate]
         return loop("task", self.b * inner, task, "parallel")
 
     def _chunks(self) -> Any:
@@ -195,7 +201,7 @@ class _Generator:
         def segment(v: Any, c: Any) -> Any:
             if contiguous is None:
                 return scalars(v, c)
-            if contiguous == "flat" and loops.static(self.n) is not None and self.n % self.nr == 0:
+            if contiguous == "flat" and self.whole_columns:
                 return vector(v, c)
             inside = c + lanes <= loops.index(self.n)
             if contiguous == "row":
@@ -294,10 +300,9 @@ class _Generator:
             )
 
         whole = sequence(*(guarded(i, vectors(i)) for i in range(mr)))
-        if loops.static(self.n) is not None and self.n % nr == 0:
+        if self.whole_columns:
             return whole
-        # Indexed by a variable, the accumulators would leave their registers: copy them first.
-        tail, allocate = loops.scratch("tail", mr * nr, self.dtype)
+        tail = self.tail
         copies = [
             self.reader.lanewise(lanes, lambda lane, p=p: store(tail, p + lane, load(acc, p + lane)))
             for p in range(0, mr * nr, lanes)
@@ -305,7 +310,7 @@ class _Generator:
         here = loops.smaller(nr, self.n - t * nr)
         partial = loop("i", mr, lambda i: guarded(i, loop("j", here, lambda j: put(tail, i, j))))
         inside = loops.index((t + 1) * nr) <= loops.index(self.n)
-        return tirx.IfThenElse(inside, whole, sequence(allocate, *copies, partial))
+        return tirx.IfThenElse(inside, whole, sequence(*copies, partial))
 
 
 def _name(axes: Axes, flat: Any) -> tuple[dict[Any, Any], list[Any]]:

@@ -19,6 +19,8 @@ from optc.backends.kernels import vector_math
 
 LANES = 32
 """Partial results per row: four 8-lane registers, enough to hide the latency of an addition."""
+FOLDED = 8
+"""Partial results that are added one after the other in the end; those before are added as vectors."""
 
 Read = Callable[[tuple[Any, ...], tuple[Any, ...]], Any]
 """``read(outer index, reduced index)`` returns the element to reduce."""
@@ -125,8 +127,14 @@ def _split(
         return reducer.over(read(index[:-1], inner), [*outer, chunk])
 
     lanes = te.compute([*rows, LANES], partial, name + "_lanes")
-    lane = te.reduce_axis((0, LANES), "lane")
-    total = te.compute(rows, lambda *i: reducer.over(lanes(*i, lane.var), [lane]), name)
+    group = te.reduce_axis((0, LANES // FOLDED), "group")
+    folded = te.compute(
+        [*rows, FOLDED],
+        lambda *i: reducer.over(lanes(*i[:-1], group.var * FOLDED + i[-1]), [group]),
+        name + "_folded",
+    )
+    lane = te.reduce_axis((0, FOLDED), "lane")
+    total = te.compute(rows, lambda *i: reducer.over(folded(*i, lane.var), [lane]), name)
     if last is not None and last % LANES == 0:
         return total
     others = [te.reduce_axis((0, e), f"r{i}") for i, e in enumerate(extents[:-1])]

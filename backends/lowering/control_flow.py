@@ -22,28 +22,24 @@ def if_(site: Site) -> Any:
     if known is not None:
         branch = then if known.reshape(-1)[0] else otherwise
         lowerer.graph(branch)
-        for value, source in zip(site.node.outputs, branch.outputs, strict=True):
-            lowerer.alias(value, source)
-        return [None] * site.output_count
+        return [lowerer.known(value) for value in branch.outputs]
     condition = site.reshape(site.tensor(0), [])
     first, first_types = lowerer.outline("then_branch", lambda: lowerer.subgraph(then))
     second, second_types = lowerer.outline("else_branch", lambda: lowerer.subgraph(otherwise))
     expected = [_joined(site, a, b) for a, b in zip(first_types, second_types, strict=True)]
     result = lowerer.builder.emit(relax.If(condition, first, second))
-    return [
-        lowerer.builder.match_cast(relax.TupleGetItem(result, i), type_) for i, type_ in enumerate(expected)
-    ]
+    return [lowerer.builder.match_cast(relax.TupleGetItem(result, i), type_) for i, type_ in enumerate(expected)]
 
 
 def _joined(site: Site, a: Any, b: Any) -> Any:
     """Return the type of a result: dimensions that both branches share, fresh symbols for the others."""
     if a.ndim != b.ndim or a.dtype != b.dtype:
-        site.unsupported("the branches give tensors of different rank or type")
+        site.unsupported(
+            "the branches give tensors of different rank or type (fixing the sizes that decide, with --input-shape or --dim, leaves one branch)"
+        )
     if a.shape is None or b.shape is None:
         dims = [site.symbol("n") for _ in range(a.ndim)]
     else:
         left, right = ([plain(d) for d in t.shape.values] for t in (a, b))
-        dims = [
-            x if site.prove_equal(x, y) else site.symbol("n") for x, y in zip(left, right, strict=True)
-        ]
+        dims = [x if site.prove_equal(x, y) else site.symbol("n") for x, y in zip(left, right, strict=True)]
     return relax.TensorType([as_index(d) for d in dims], a.dtype)

@@ -52,7 +52,19 @@ def procedure(
             return builder.get().body
 
     shapes = [[as_index(d) for d in shape] for shape, _ in outputs]
-    return te.extern(shapes, list(inputs), generate, name=name, dtype=[dtype for _, dtype in outputs])
+    dtypes = [dtype for _, dtype in outputs]
+    # Declared here, because the buffers that extern declares have an offset, which fusion takes for another type.
+    return te.extern(
+        shapes,
+        list(inputs),
+        generate,
+        name=name,
+        dtype=dtypes,
+        in_buffers=[tirx.decl_buffer(t.shape, t.dtype, t.op.name, layout=None) for t in inputs],
+        out_buffers=[
+            tirx.decl_buffer(s, d, name, layout=None) for s, d in zip(shapes, dtypes, strict=True)
+        ],
+    )
 
 
 @contextmanager

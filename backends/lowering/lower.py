@@ -54,6 +54,16 @@ class _Poisoned(Unsupported):
     """A value that no node gives because one before it was refused: not a refusal of its own."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known about a value: a Relax tensor, integers, a constant array, or the elements of a sequence."""
+
+    tensor: Any = None
+    integers: np.ndarray | None = None
+    constant: np.ndarray | None = None
+    sequence: tuple[Known, ...] | None = None
+
+
 @dataclass
 class Lowered:
     """A Relax module with function ``main(inputs..., weights...)`` returning a tuple of the outputs."""
@@ -80,6 +90,8 @@ class Lowerer:
         self.builder = relax.BlockBuilder()
         self.tensors: dict[oir.Value, Any] = {}
         self.integers: dict[oir.Value, np.ndarray] = {}
+        self.constants: dict[oir.Value, np.ndarray] = {}
+        self.sequences: dict[oir.Value, tuple[Known, ...]] = {}
         self.weight_vars: dict[str, Any] = {}
         self.weights: dict[str, np.ndarray] = {}
         self.symbols: dict[Any, None] = {}
@@ -118,11 +130,11 @@ class Lowerer:
     @contextmanager
     def scope(self) -> Iterator[None]:
         """What is lowered inside is unknown outside, where it may never run; so are shapes learned inside."""
-        saved = dict(self.tensors), dict(self.integers)
+        saved = dict(self.tensors), dict(self.integers), dict(self.constants), dict(self.sequences)
         try:
             yield
         finally:
-            self.tensors, self.integers = saved
+            self.tensors, self.integers, self.constants, self.sequences = saved
 
     def outline(self, name: str, lower: Callable[[], Sequence[Any]]) -> tuple[Any, list[Any]]:
         """Lower into a function of its own; returns a call of it and the types of the tensors it gives.
@@ -134,14 +146,9 @@ class Lowerer:
         """
         outside = set(self.symbols)
         with self.scope():
-            self.builder._begin_binding_block()
-            try:
-                results = list(lower())
-                output = self.builder.emit(relax.Tuple(results))
-            finally:
-                block = self.builder._end_block()
-        body = relax.SeqExpr([block], output)
-        types = [self._visible(result.ty, outside) for result in results]
+            block, results = self.block(lower)
+        body = relax.SeqExpr([block], results)
+        types = [self._visible(field_, outside) for field_ in results.ty.fields]
         captured = list(relax.analysis.free_vars(body))
         function = relax.Function(captured, body, relax.TupleType(types), is_pure=False)
         symbols = list(relax.analysis.free_symbolic_vars(function))
@@ -149,6 +156,15 @@ class Lowerer:
         function = relax.Function([*captured, sizes], body, relax.TupleType(types), is_pure=False)
         target = self.builder.add_func(relax.utils.copy_with_new_vars(function), name)
         return relax.Call(target, [*captured, relax.ShapeExpr(symbols)]), types
+
+    def block(self, lower: Callable[[], Sequence[Any]]) -> tuple[Any, Any]:
+        """Emit into a new binding block; returns it and the variable of the tuple of what ``lower`` returns."""
+        self.builder._begin_binding_block()
+        try:
+            results = self.builder.emit(relax.Tuple(list(lower())))
+        finally:
+            block = self.builder._end_block()
+        return block, results
 
     def _visible(self, type_: Any, outside: set[Any]) -> Any:
         dims = [emission.plain(d) for d in type_.shape.values]
@@ -161,12 +177,26 @@ class Lowerer:
         self.graph(graph)
         return [self.tensor(value) for value in graph.outputs]
 
-    def alias(self, value: oir.Value, source: oir.Value) -> None:
-        """Let ``value`` be what ``source`` is."""
-        if source in self.integers:
-            self.integers[value] = self.integers[source]
-        else:
-            self.tensors[value] = self.tensor(source)
+    def known(self, value: oir.Value) -> Known:
+        """Return what is known about a value, to hand it to another one."""
+        if value in self.sequences:
+            return Known(sequence=self.sequences[value])
+        if value in self.integers:
+            return Known(self.tensors.get(value), self.integers[value])
+        array = self.constant(value)
+        return Known(self.tensor(value), constant=array)
+
+    def define(self, value: oir.Value, known: Known) -> None:
+        """Let ``value`` be what is ``known``."""
+        for table, entry in (
+            (self.tensors, known.tensor),
+            (self.integers, known.integers),
+            (self.constants, known.constant),
+            (self.sequences, known.sequence),
+        ):
+            table.pop(value, None)
+            if entry is not None:
+                table[value] = entry
 
     def _node(self, node: oir.Node) -> None:
         if any(value in self.poisoned for value in node.inputs if value is not None):
@@ -185,12 +215,14 @@ class Lowerer:
             self.poisoned.update(node.outputs)
             return
         except Unsupported as refusal:
-            self.refused.append(f"{provenance.describe(node)}: {refusal}")
+            line = f"{provenance.describe(node)}: {refusal}"
+            if line not in self.refused:
+                self.refused.append(line)
             self.poisoned.update(node.outputs)
             return
         for value, result in zip(node.outputs, results, strict=False):
             if result is not None:
-                self.tensors[value] = result
+                self.define(value, result if isinstance(result, Known) else Known(result))
 
     def _error(self) -> UnsupportedModelError:
         listing = "\n".join(f"  - {line}" for line in self.refused)
@@ -244,6 +276,8 @@ class Lowerer:
         """Return the array of an initializer, or of known integers without symbols, else None."""
         if value.is_initializer() and value.const_value is not None:
             return value.const_value.numpy()
+        if value in self.constants:
+            return self.constants[value]
         known = self.integers.get(value)
         if known is not None and all(isinstance(v, int | bool) for v in known.flat):
             return known.astype(self.dtype(value))
