@@ -169,7 +169,10 @@ def in_a_process(case: object, backend: str) -> dict[str, object]:
 
 def work(backend: str, only: str, shard: int, shards: int) -> dict[str, dict[str, object]]:
     if backend == "optc":
-        import optc.driver  # noqa: F401 - imported once here, shared by all children
+        # Imported once here, shared by all children.
+        import optc.backends.cpu.build
+        import optc.driver
+        import optc.runtime.model  # noqa: F401
     results = {}
     chosen = [(n, c) for n, c in tests().items() if re.search(only, n)]
     for name, case in chosen[shard::shards]:

@@ -35,7 +35,8 @@ def _joined(site: Site, a: Any, b: Any) -> Any:
     """Return the type of a result: dimensions that both branches share, fresh symbols for the others."""
     if a.ndim != b.ndim or a.dtype != b.dtype:
         site.unsupported(
-            "the branches give tensors of different rank or type (fixing the sizes that decide, with --input-shape or --dim, leaves one branch)"
+            "the branches give tensors of different rank or type "
+            "(fixing the sizes that decide, with --input-shape or --dim, leaves one branch)"
         )
     if a.shape is None or b.shape is None:
         dims = [site.symbol("n") for _ in range(a.ndim)]
