@@ -143,7 +143,7 @@ def _export(torch: Any, source: Any, inputs: tuple[Any, ...] | None, dynamic_sha
         cause = _root(error)
         raise UnsupportedModelError(
             f"PyTorch cannot export this model: {_summary(cause)}",
-            hint="torch.export.export(module, inputs) shows the whole story; data-dependent control flow needs torch.cond",
+            hint="torch.export.export(module, inputs) tells more; data-dependent control flow needs torch.cond",
         ) from error
     finally:
         logger.setLevel(level)

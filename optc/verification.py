@@ -148,8 +148,8 @@ def integer_limits(model: oir.Model) -> dict[str, int]:
                 if node.op_type == "Gather" and index == 1 and node.inputs[0] is not None:
                     table = node.inputs[0].shape
                     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-                    if table is not None and isinstance(table[axis], int):
-                        size = int(table[axis])
+                    size = table[axis] if table is not None else None
+                    if isinstance(size, int):
                         limits[str(value.name)] = min(size, limits.get(str(value.name), size))
                 elif node.op_type in ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity") and index == 0:
                     stack.extend(node.outputs)

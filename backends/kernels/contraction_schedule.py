@@ -117,8 +117,7 @@ class _Generator:
             rest = bind("b", o // inner, lambda b: bind("position", o % inner, lambda i: body(b, i)))
             return sequence(*self.spare, rest)
 
-        # Accumulators indexed by a variable would leave their registers: a partial column tile copies them here. In
-        # another scope, or TVM would merge the two allocations.
+        # Accumulators indexed by a variable would leave their registers: a partial column tile copies them here.
         self.tail, allocate = loops.scratch("tail", self.mr * self.nr, self.dtype, "global")
         self.spare = [] if self.whole_columns else [allocate]
         return loop("task", self.b * inner, task, "parallel")
@@ -246,9 +245,13 @@ class _Generator:
 
     def _micro(self, places: dict[Any, Any], r: Any, t: Any, column: Any) -> Any:
         """Return the register tile of row tile ``r`` and column tile ``t``, with its epilogue."""
-        nr, lanes = self.nr, self.lanes
-        acc, allocate = loops.scratch("acc", self.mr * nr, self.dtype)
-        vectors = [(i, v * lanes) for i in range(self.mr) for v in range(nr // lanes)]
+        lanes = self.lanes
+        # One small buffer per vector: TVM puts a larger one on the heap, and LLVM then stores it on every turn.
+        acc = {
+            (i, v): loops.scratch(f"acc{i}_{v}", lanes, self.dtype)
+            for i in range(self.mr)
+            for v in range(0, self.nr, lanes)
+        }
         exact = loops.static(self.r) is not None and self.r % self.mr == 0
 
         def row(i: int, k: Any) -> Any:
@@ -258,33 +261,36 @@ class _Generator:
             where = {**places, **self.rows.at(position), **self.reduced.at(k)}
             return self.reader.value(self.row_operand, where, flat=[(self.rows, position), (self.reduced, k)])
 
-        def clear(i: int, v: int) -> Any:
+        def clear(buffer: Any) -> Any:
             zero = tirx.const(0, self.dtype)
-            return self.reader.lanewise(lanes, lambda lane: store(acc, i * nr + v + lane, zero))
+            return self.reader.lanewise(lanes, lambda lane: store(buffer, lane, zero))
 
         def update(i: int, v: int, k: Any) -> Any:
+            buffer = acc[i, v][0]
+
             def element(lane: Any) -> Any:
-                at = i * nr + v + lane
-                return store(acc, at, load(acc, at) + row(i, k) * column(k, v + lane))
+                return store(buffer, lane, load(buffer, lane) + row(i, k) * column(k, v + lane))
 
             return self.reader.lanewise(lanes, element)
 
         return sequence(
-            allocate,
-            *(clear(i, v) for i, v in vectors),
-            loop("k", self.k, lambda k: sequence(*(update(i, v, k) for i, v in vectors))),
-            self._store(places, r, t, acc, exact),
+            *(allocate for _, allocate in acc.values()),
+            *(clear(buffer) for buffer, _ in acc.values()),
+            loop("k", self.k, lambda k: sequence(*(update(i, v, k) for i, v in acc))),
+            self._store(places, r, t, {key: buffer for key, (buffer, _) in acc.items()}, exact),
         )
 
-    def _store(self, places: dict[Any, Any], r: Any, t: Any, acc: Any, exact: bool) -> Any:
+    def _store(
+        self, places: dict[Any, Any], r: Any, t: Any, acc: dict[tuple[int, int], Any], exact: bool
+    ) -> Any:
         """Return the epilogue: vectors in a whole column tile, element by element in the last, partial one."""
         mr, nr, lanes = self.mr, self.nr, self.lanes
 
-        def put(source: Any, i: Any, j: Any) -> Any:
+        def put(value: Any, i: Any, j: Any) -> Any:
             row, column = r * mr + i, t * nr + j
             where = {**places, **self.rows.at(row), **self.columns.at(column)}
             flat = [(self.rows, row), (self.columns, column)]
-            return self.reader.store(where, flat, load(source, i * nr + j))
+            return self.reader.store(where, flat, value)
 
         def guarded(i: Any, statement: Any) -> Any:
             if exact:
@@ -294,8 +300,8 @@ class _Generator:
         def vectors(i: int) -> Any:
             return sequence(
                 *(
-                    self.reader.lanewise(lanes, lambda lane, v=v: put(acc, i, v * lanes + lane))
-                    for v in range(nr // lanes)
+                    self.reader.lanewise(lanes, lambda lane, v=v: put(load(acc[i, v], lane), i, v + lane))
+                    for v in range(0, nr, lanes)
                 )
             )
 
@@ -304,11 +310,11 @@ class _Generator:
             return whole
         tail = self.tail
         copies = [
-            self.reader.lanewise(lanes, lambda lane, p=p: store(tail, p + lane, load(acc, p + lane)))
-            for p in range(0, mr * nr, lanes)
+            self.reader.lanewise(lanes, lambda lane, i=i, v=v: store(tail, i * nr + v + lane, load(acc[i, v], lane)))
+            for i, v in acc
         ]
         here = loops.smaller(nr, self.n - t * nr)
-        partial = loop("i", mr, lambda i: guarded(i, loop("j", here, lambda j: put(tail, i, j))))
+        partial = loop("i", mr, lambda i: guarded(i, loop("j", here, lambda j: put(load(tail, i * nr + j), i, j))))
         inside = loops.index((t + 1) * nr) <= loops.index(self.n)
         return tirx.IfThenElse(inside, whole, sequence(*copies, partial))
 

@@ -27,7 +27,7 @@ def if_(site: Site) -> Any:
     first, first_types = lowerer.outline("then_branch", lambda: lowerer.subgraph(then))
     second, second_types = lowerer.outline("else_branch", lambda: lowerer.subgraph(otherwise))
     expected = [_joined(site, a, b) for a, b in zip(first_types, second_types, strict=True)]
-    result = lowerer.builder.emit(relax.If(condition, first, second))
+    result = lowerer.builder.emit(relax.If(condition, first([]), second([])))
     return [lowerer.builder.match_cast(relax.TupleGetItem(result, i), type_) for i, type_ in enumerate(expected)]
 
 

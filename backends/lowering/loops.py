@@ -1,8 +1,9 @@
-"""Loop and Scan: unrolled when the number of iterations is known and small, else a recursive Relax function.
+"""Loop and Scan: unrolled when the number of iterations is known and small, else a tree of Relax functions.
 
-The function takes the iteration number, the limit, and the carried tensors, lowers the body once, and calls itself
-while the limit and the condition allow. Sizes that differ from one iteration to the next become symbols that each
-call binds anew. What the iterations output is joined to what the calls before gave.
+Relax has no loop. A function runs the body once: it takes the iteration number, whether to go on, the carried tensors
+and what the iterations gave so far, and returns them anew. A function of the next level calls it up to ``BRANCHING``
+times, as long as the condition allows, and so on; unlike recursion this needs no stack that grows with the iterations.
+Sizes that differ from one iteration to the next become symbols that each call binds anew.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ TABLE = Table()
 
 UNROLL_LIMIT = 64
 """Loops of more iterations become functions, so that code does not grow with the trip count."""
+
+
+BRANCHING, LEVELS = 16, 8
+"""A loop of an unknown number of iterations ends after BRANCHING ** LEVELS of them, years later."""
 
 
 @TABLE.lowers("Loop")
@@ -156,6 +161,7 @@ def scan(site: Site) -> Any:
         number=None,
         prepare=bind,
         body=body,
+        trips=trips if isinstance(trips, int) else None,
     )
     limit = lowerer.materialize(np.array([trips], dtype=object), "int64")
     results = plan.run(limit, relax.const(np.array([True]), "bool"))
@@ -232,6 +238,7 @@ class _Plan:
     number: oir.Value | None
     prepare: Callable[[Any], None]
     body: oir.Graph
+    trips: int | None = None
 
     def run(self, limit: Any, start: Any) -> list[Any]:
         """Emit the function and the call of it; returns the final carried tensors and the joined outputs."""
@@ -250,26 +257,50 @@ class _Plan:
             shapes = wider
         if any(d is None for shape in elements for d in shape):
             site.unsupported("the shape of what an iteration outputs depends on the iteration")
-        self.shapes, self.elements = shapes, elements
-        self.dtypes = [str(t.ty.dtype) for t in self.carried]
-        self.element_dtypes = [site.lowerer.dtype(v) for v in self.scanned]
-        empty = [
-            _empty(site, [0, *shape], dtype) for shape, dtype in zip(elements, self.element_dtypes, strict=True)
-        ]
-        step = self._function()
+        dtypes = [str(t.ty.dtype) for t in self.carried]
+        joined = [([None, *s], site.lowerer.dtype(v)) for s, v in zip(elements, self.scanned, strict=True)]
+        self.state = [([1], "int64"), ([], "bool"), *zip(shapes, dtypes, strict=True), *joined]
         number = _int64(0)
-        first = [number, limit, *self.carried, *empty]
-        go = self._goes_on(number, limit, start)
-        otherwise = relax.Tuple(first[2:])
-        result = builder.emit(relax.If(go, step(first), otherwise))
+        empty = [_empty(site, [0, *shape[1:]], dtype) for shape, dtype in joined]
+        values = [number, self._goes_on(number, limit, start), *self.carried, *empty]
+        call = self._step(limit)
+        for level in range(LEVELS):
+            if self.trips is not None and BRANCHING**level >= self.trips:
+                break
+            call = self._repeat(call)
+        return self._if_going(call, values)[2:]
+
+    def _types(self) -> list[Any]:
         return [
-            builder.match_cast(relax.TupleGetItem(result, i), self._type(shape, dtype))
-            for i, (shape, dtype) in enumerate(self._results())
+            relax.TensorType(None, dtype, ndim=len(shape))
+            if None in shape
+            else relax.TensorType([as_index(d) for d in shape], dtype)
+            for shape, dtype in self.state
         ]
 
-    def _results(self) -> list[tuple[list[Any], str]]:
-        joined = [[None, *shape] for shape in self.elements]
-        return list(zip([*self.shapes, *joined], [*self.dtypes, *self.element_dtypes], strict=True))
+    def _parameters(self) -> list[Any]:
+        return [relax.Var("state", self._type(shape, dtype)) for shape, dtype in self.state]
+
+    def _if_going(self, call: Callable[[Sequence[Any]], Any], values: Sequence[Any]) -> list[Any]:
+        """Emit a call if the state says to go on, else leave the state as it is."""
+        builder = self.site.lowerer.builder
+        result = builder.emit(relax.If(values[1], call(values), relax.Tuple(list(values))))
+        return [
+            builder.match_cast(relax.TupleGetItem(result, i), self._type(shape, dtype))
+            for i, (shape, dtype) in enumerate(self.state)
+        ]
+
+    def _repeat(self, call: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
+        """Emit a function that makes ``call`` up to BRANCHING times."""
+        parameters = self._parameters()
+
+        def body() -> list[Any]:
+            values: list[Any] = list(parameters)
+            for _ in range(BRANCHING):
+                values = self._if_going(call, values)
+            return values
+
+        return self.site.lowerer.outline("loop", body, parameters, self._types())[0]
 
     def _type(self, shape: Sequence[Any], dtype: str) -> Any:
         dims = [self.site.symbol("n") if d is None else as_index(d) for d in shape]
@@ -318,63 +349,24 @@ class _Plan:
             self.site.unsupported("the rank of a carried tensor changes from one iteration to the next")
         return found[: len(shapes)], found[len(shapes) :]
 
-    def _function(self) -> Callable[[Sequence[Any]], Any]:
-        """Emit the recursive function; returns what makes a call of it from its arguments."""
-        lowerer, builder = self.site.lowerer, self.site.lowerer.builder
-        int64 = relax.TensorType([1], "int64")
-        parameters = [relax.Var("number", int64), relax.Var("limit", int64)]
-        parameters += [relax.Var("state", self._type(s, d)) for s, d in self._results()]
-        number, limit, count = parameters[0], parameters[1], len(self.shapes)
-        outside = set(lowerer.symbols)
+    def _step(self, limit: Any) -> Callable[[Sequence[Any]], Any]:
+        """Emit the function that runs one iteration."""
+        parameters = self._parameters()
+        number, _, *rest = parameters
+        count = len(self.carried)
 
-        def step() -> list[Any]:
-            after, scanned, condition = self._lower(number, parameters[2 : 2 + count])
+        def body() -> list[Any]:
+            after, scanned, condition = self._lower(number, rest[:count])
             joined = [
                 self._join(old, new, backward)
-                for old, new, backward in zip(
-                    parameters[2 + count :], scanned, self.scanned_backward, strict=True
-                )
+                for old, new, backward in zip(rest[count:], scanned, self.scanned_backward, strict=True)
             ]
             following = self.site.emit(
                 lambda i: te.compute(i.shape, lambda k: i[k] + 1, "next"), number, name="next"
             )
-            return [self._goes_on(following, limit, condition), following, *after, *joined]
+            return [following, self._goes_on(following, limit, condition), *after, *joined]
 
-        with lowerer.scope():
-            block, results = lowerer.block(step)
-        own = {v for p in parameters for v in relax.analysis.free_vars(p)}
-        captured = [v for v in relax.analysis.free_vars(relax.SeqExpr([block], results)) if v not in own]
-        types = [
-            relax.TensorType(None, d, ndim=len(s)) if None in s else relax.TensorType([as_index(x) for x in s], d)
-            for s, d in self._results()
-        ]
-        probe = relax.Function(
-            [*parameters, *captured], relax.SeqExpr([block], results), results.ty, is_pure=False
-        )
-        symbols = [v for v in relax.analysis.free_symbolic_vars(probe) if v in outside]
-        sizes = relax.Var("sizes", relax.ShapeType(symbols))
-        signature = [*parameters, *captured, sizes]
-        # The function refers to itself, so a stand-in gives it a name and a type first.
-        result = relax.TupleType(types)
-        nothing = relax.Call(relax.ExternFunc("optc.loop"), [], ty_args=[result])
-        stub = relax.Function(signature, nothing, result, is_pure=False)
-        target = builder.add_func(relax.utils.copy_with_new_vars(stub), "loop")
-
-        def call(arguments: Sequence[Any]) -> Any:
-            return relax.Call(target, [*arguments, *captured, relax.ShapeExpr(symbols)])
-
-        def again() -> list[Any]:
-            values = [builder.emit(relax.TupleGetItem(results, k)) for k in range(len(results.ty.fields))]
-            go, following, *state = values
-            final = builder.emit(relax.If(go, call([following, limit, *state]), relax.Tuple(state)))
-            return [builder.emit(relax.TupleGetItem(final, k)) for k in range(len(state))]
-
-        last, output = lowerer.block(again)
-        function = relax.Function(
-            signature, relax.SeqExpr([block, last], output), relax.TupleType(types), is_pure=False
-        )
-        builder.update_func(target, relax.utils.copy_with_new_vars(function))
-        return call
+        return self.site.lowerer.outline("iteration", body, parameters, self._types())[0]
 
     def _join(self, old: Any, new: Any, backward: bool) -> Any:
         """Append ``new`` to the entries of ``old``, or put it before them."""

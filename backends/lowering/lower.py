@@ -136,26 +136,39 @@ class Lowerer:
         finally:
             self.tensors, self.integers, self.constants, self.sequences = saved
 
-    def outline(self, name: str, lower: Callable[[], Sequence[Any]]) -> tuple[Any, list[Any]]:
-        """Lower into a function of its own; returns a call of it and the types of the tensors it gives.
+    def outline(
+        self,
+        name: str,
+        lower: Callable[[], Sequence[Any]],
+        parameters: Sequence[Any] = (),
+        types: Sequence[Any] | None = None,
+    ) -> tuple[Callable[[Sequence[Any]], Any], list[Any]]:
+        """Lower into a function of its own; returns what makes a call of it, and the types of its results.
 
-        ``lower`` emits the body and returns its results. Every value and symbol from outside that the body uses
-        becomes a parameter; dimensions that only the body knows are left out of the types. Branches are functions
-        because fusion and memory planning work function by function: inside of one, they take an If for
-        straight-line code.
+        ``lower`` emits the body and returns its results. The ``parameters`` come first; every other value and
+        symbol from outside that the body uses becomes a parameter too. Dimensions that only the body knows are
+        left out of the types. Branches are functions because fusion and memory planning work function by
+        function: inside of one, they take an If for straight-line code.
         """
         outside = set(self.symbols)
         with self.scope():
             block, results = self.block(lower)
         body = relax.SeqExpr([block], results)
-        types = [self._visible(field_, outside) for field_ in results.ty.fields]
-        captured = list(relax.analysis.free_vars(body))
-        function = relax.Function(captured, body, relax.TupleType(types), is_pure=False)
+        own = set().union(*(self.free(d) for p in parameters for d in emission.shape_of(p)))
+        if types is None:
+            types = [self._visible(field_, outside - own) for field_ in results.ty.fields]
+        captured = [v for v in relax.analysis.free_vars(body) if v not in set(parameters)]
+        result = relax.TupleType(types)
+        function = relax.Function([*parameters, *captured], body, result, is_pure=False)
         symbols = list(relax.analysis.free_symbolic_vars(function))
         sizes = relax.Var("sizes", relax.ShapeType(symbols))
-        function = relax.Function([*captured, sizes], body, relax.TupleType(types), is_pure=False)
+        function = relax.Function([*parameters, *captured, sizes], body, result, is_pure=False)
         target = self.builder.add_func(relax.utils.copy_with_new_vars(function), name)
-        return relax.Call(target, [*captured, relax.ShapeExpr(symbols)]), types
+
+        def call(arguments: Sequence[Any]) -> Any:
+            return relax.Call(target, [*arguments, *captured, relax.ShapeExpr(symbols)])
+
+        return call, list(types)
 
     def block(self, lower: Callable[[], Sequence[Any]]) -> tuple[Any, Any]:
         """Emit into a new binding block; returns it and the variable of the tuple of what ``lower`` returns."""

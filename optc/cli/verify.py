@@ -67,10 +67,10 @@ def command(
         if arguments["input_shapes"]:
             raise UsageError("--input-shape has no effect on an artifact that is already compiled")
         original = capture(model)
-    arrays = read_inputs(inputs, loaded.inputs) if inputs else None
+    given = read_inputs(inputs, loaded.inputs) if inputs else None
     sizes = arguments["dims"] if artifact is not None else {}
     result = verify_artifact(
-        loaded, original, inputs=arrays, seed=seed, dims=sizes, prefer=reference, tolerance=tolerance
+        loaded, original, inputs=given, seed=seed, dims=sizes, prefer=reference, tolerance=tolerance
     )
     if as_json:
         print_json(result.describe())

@@ -106,7 +106,8 @@ def regroup(b, name, channels):
 
 
 STEPS = (
-    unary, unary, binary, binary, bias, matmul, gemm, softmax, normalize, concat, slice_, reduce, there_and_back, regroup,
+    unary, unary, binary, binary, bias, matmul, gemm, softmax, normalize, concat, slice_, reduce,
+    there_and_back, regroup,
 )  # fmt: skip
 
 
