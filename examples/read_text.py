@@ -73,9 +73,7 @@ def main() -> None:
     print(f"text: {decode(scores, characters)!r}")
     errors = verify_artifact(model, original, inputs=inputs)
     for output in errors.outputs:
-        print(
-            f"relative error against {errors.reference}: {output.relative:.1e} (cosine {output.cosine:.7f})"
-        )
+        print(f"relative error against {errors.reference}: {output.relative:.1e} (cosine {output.cosine:.7f})")
     peer = OnnxRuntime(original, threads=1)
     model.threads = 1
     ours, theirs = alternate({"optc": lambda: model.run(inputs), "peer": lambda: peer.run(inputs)}, seconds=3)

@@ -18,7 +18,7 @@ _HOME = {
     "compile": "optc.driver",
     "optimize": "optc.driver",
     "check": "optc.driver",
-    "capture": "optc.capture",
+    "capture": "optc.source",
     "load": "optc.runtime",
     "Model": "optc.runtime",
     "Artifact": "optc.backends.artifact",
@@ -29,10 +29,10 @@ __all__ = ["Artifact", "Model", "OptcError", "capture", "check", "compile", "loa
 
 if TYPE_CHECKING:
     from optc.backends.artifact import Artifact
-    from optc.capture import capture
     from optc.driver import check, compile, optimize
     from optc.errors import OptcError
     from optc.runtime import Model, load
+    from optc.source import capture
 
 
 def __getattr__(name: str) -> Any:

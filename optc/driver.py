@@ -16,11 +16,11 @@ import optc
 from optc import sample, verification
 from optc.backends.artifact import Artifact, build_artifact
 from optc.backends.base import Build, Target
-from optc.capture import capture
 from optc.errors import OptcError
 from optc.passes import fuse, pipeline
 from optc.passes.observer import Observer, PassRecord
 from optc.runtime.format import TensorSpec
+from optc.source import capture
 
 Progress = Callable[[str], None]
 

@@ -167,7 +167,8 @@ def in_a_process(case: object, backend: str) -> dict[str, object]:
     return json.loads(data) if data else {"status": "crash", "message": f"wait status {status}"}
 
 
-def work(backend: str, only: str, shard: int, shards: int) -> dict[str, dict[str, object]]:
+def work(backend: str, only: str, shard: int, shards: int, output: Path) -> None:
+    """Run one share of the tests; results are written as they come, so that an interrupted run has them."""
     if backend == "optc":
         # Imported once here, shared by all children.
         import optc.backends.cpu.build
@@ -177,9 +178,9 @@ def work(backend: str, only: str, shard: int, shards: int) -> dict[str, dict[str
     chosen = [(n, c) for n, c in tests().items() if re.search(only, n)]
     for name, case in chosen[shard::shards]:
         results[name] = in_a_process(case, backend)
-        if sys.stderr.isatty() or len(results) % 100 == 0:
+        if len(results) % 50 == 0 or len(results) == len(chosen[shard::shards]):
+            output.write_text(json.dumps(results))
             print(f"{backend} {len(results)} {dict(Counter(r['status'] for r in results.values()))}", file=sys.stderr)
-    return results
 
 
 def run(backend: str, only: str, jobs: int) -> dict[str, dict[str, object]]:
@@ -247,7 +248,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.shard:
         shard, shards = map(int, options.shard.split("/"))
-        Path(options.output).write_text(json.dumps(work(options.backend, options.only, shard, shards)))
+        work(options.backend, options.only, shard, shards, Path(options.output))
         return
     names = [options.backend] if options.backend else ["optc", "onnxruntime"]
     results = {name: run(name, options.only, options.jobs) for name in names}

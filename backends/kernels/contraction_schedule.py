@@ -246,12 +246,9 @@ class _Generator:
     def _micro(self, places: dict[Any, Any], r: Any, t: Any, column: Any) -> Any:
         """Return the register tile of row tile ``r`` and column tile ``t``, with its epilogue."""
         lanes = self.lanes
-        # One small buffer per vector: TVM puts a larger one on the heap, and LLVM then stores it on every turn.
-        acc = {
-            (i, v): loops.scratch(f"acc{i}_{v}", lanes, self.dtype)
-            for i in range(self.mr)
-            for v in range(0, self.nr, lanes)
-        }
+        acc, allocate = loops.scratch("acc", self.mr * self.nr, self.dtype)
+        vectors = [(i, i * self.nr + v, v) for i in range(self.mr) for v in range(0, self.nr, lanes)]
+        zero = tirx.const(0, self.dtype)
         exact = loops.static(self.r) is not None and self.r % self.mr == 0
 
         def row(i: int, k: Any) -> Any:
@@ -261,28 +258,24 @@ class _Generator:
             where = {**places, **self.rows.at(position), **self.reduced.at(k)}
             return self.reader.value(self.row_operand, where, flat=[(self.rows, position), (self.reduced, k)])
 
-        def clear(buffer: Any) -> Any:
-            zero = tirx.const(0, self.dtype)
-            return self.reader.lanewise(lanes, lambda lane: store(buffer, lane, zero))
+        def clear(at: int) -> Any:
+            return self.reader.lanewise(lanes, lambda lane: store(acc, at + lane, zero))
 
-        def update(i: int, v: int, k: Any) -> Any:
-            buffer = acc[i, v][0]
-
+        def update(i: int, at: int, v: int, k: Any) -> Any:
             def element(lane: Any) -> Any:
-                return store(buffer, lane, load(buffer, lane) + row(i, k) * column(k, v + lane))
+                return store(acc, at + lane, load(acc, at + lane) + row(i, k) * column(k, v + lane))
 
             return self.reader.lanewise(lanes, element)
 
         return sequence(
-            *(allocate for _, allocate in acc.values()),
-            *(clear(buffer) for buffer, _ in acc.values()),
-            loop("k", self.k, lambda k: sequence(*(update(i, v, k) for i, v in acc))),
-            self._store(places, r, t, {key: buffer for key, (buffer, _) in acc.items()}, exact),
+            allocate,
+            loops.keep_on_stack(acc, zero),
+            *(clear(at) for _, at, _ in vectors),
+            loop("k", self.k, lambda k: sequence(*(update(i, at, v, k) for i, at, v in vectors))),
+            self._store(places, r, t, acc, exact),
         )
 
-    def _store(
-        self, places: dict[Any, Any], r: Any, t: Any, acc: dict[tuple[int, int], Any], exact: bool
-    ) -> Any:
+    def _store(self, places: dict[Any, Any], r: Any, t: Any, acc: Any, exact: bool) -> Any:
         """Return the epilogue: vectors in a whole column tile, element by element in the last, partial one."""
         mr, nr, lanes = self.mr, self.nr, self.lanes
 
@@ -300,7 +293,7 @@ class _Generator:
         def vectors(i: int) -> Any:
             return sequence(
                 *(
-                    self.reader.lanewise(lanes, lambda lane, v=v: put(load(acc[i, v], lane), i, v + lane))
+                    self.reader.lanewise(lanes, lambda lane, v=v: put(load(acc, i * nr + v + lane), i, v + lane))
                     for v in range(0, nr, lanes)
                 )
             )
@@ -310,8 +303,8 @@ class _Generator:
             return whole
         tail = self.tail
         copies = [
-            self.reader.lanewise(lanes, lambda lane, i=i, v=v: store(tail, i * nr + v + lane, load(acc[i, v], lane)))
-            for i, v in acc
+            self.reader.lanewise(lanes, lambda lane, p=p: store(tail, p + lane, load(acc, p + lane)))
+            for p in range(0, mr * nr, lanes)
         ]
         here = loops.smaller(nr, self.n - t * nr)
         partial = loop("i", mr, lambda i: guarded(i, loop("j", here, lambda j: put(load(tail, i * nr + j), i, j))))

@@ -158,7 +158,8 @@ class _Generator:
                 return self.reader.store(where, [], load(acc, lane))
 
             bind = tirx.Bind(start, loops.index(place))
-            return sequence(bind, *fill, allocate, self.reader.lanewise(lanes, total), self.reader.lanewise(lanes, put))
+            kept = loops.keep_on_stack(acc, tirx.const(0, self.dtype))
+            return sequence(bind, *fill, allocate, kept, self.reader.lanewise(lanes, total), self.reader.lanewise(lanes, put))
 
         count = loops.ceildiv(self.width, lanes)
         return loop("y", self.height, lambda y: loop("v", count, lambda v: vector(y, v)))

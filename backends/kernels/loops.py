@@ -80,6 +80,15 @@ def scratch(name: str, size: Any, dtype: str, scope: str = "local") -> tuple[Any
     return buffer, tirx.AllocBuffer(buffer)
 
 
+def keep_on_stack(buffer: Any, zero: Any) -> Any:
+    """Return a scalar store to a scratch buffer of accumulators that is about to be overwritten.
+
+    A buffer that only vectors touch is given a vector type by TVM and then put on the heap, from where LLVM does not
+    always get it into registers.
+    """
+    return store(buffer, 0, zero)
+
+
 def unravel(flat: Any, extents: Sequence[Any]) -> list[Any]:
     """Return the row-major coordinates of ``flat`` in a box of ``extents``."""
     coordinates: list[Any] = []

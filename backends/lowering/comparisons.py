@@ -34,7 +34,7 @@ def compare(site: Site) -> Any:
             a, b = convert(a, "int8"), convert(b, "int8")
         if "float" not in dtype_of(a):
             return function(a, b)
-        # Bound operands keep TVM from folding x == x, which is false for NaN.
+        # Bound operands keep TVM from folding x == x, and "not a < b" to b <= a: false for NaN, both of them.
         return bind(a, lambda a: bind(b, lambda b: function(a, b)))
 
     return pointwise(site, element)

@@ -39,9 +39,7 @@ def non_zero(site: Site) -> Any:
                 outs[0][axis, position[0]] = i
             position[0] = position[0] + 1
 
-    return site.emit(
-        lambda a: imperative.procedure([a], [([len(shape), total], "int64")], write, "nonzero"), tensor
-    )
+    return site.emit(lambda a: imperative.procedure([a], [([len(shape), total], "int64")], write, "nonzero"), tensor)
 
 
 @TABLE.lowers("Compress")
@@ -105,9 +103,7 @@ def non_max_suppression(site: Site) -> Any:
             with imperative.loop(limit), imperative.when(going[0]):
                 best = imperative.variable("int64", -1)
                 with imperative.loop(boxes) as (k,), imperative.when(state[k] == 0):
-                    better = tirx.if_then_else(
-                        best[0] < 0, True, score[b, c, k] > score[b, c, tirx.max(best[0], 0)]
-                    )
+                    better = tirx.if_then_else(best[0] < 0, True, score[b, c, k] > score[b, c, tirx.max(best[0], 0)])
                     best[0] = tirx.if_then_else(better, k, best[0])
                 going[0] = best[0] >= 0
                 with imperative.when(going[0]):

@@ -255,7 +255,7 @@ def logical(site: Site) -> Any:
     combine: dict[str, Callable[[Any, Any], Any]] = {
         "And": tirx.And,
         "Or": tirx.Or,
-        "Xor": lambda a, b: bind(b, lambda b: tirx.Select(a, invert(b), b)),
+        "Xor": lambda a, b: tirx.Select(a, tirx.Not(b), b),
     }
     return pointwise(site, combine[site.op])
 
@@ -263,12 +263,7 @@ def logical(site: Site) -> Any:
 @TABLE.lowers("Not")
 def negation(site: Site) -> Any:
     """Not-1."""
-    return pointwise(site, invert)
-
-
-def invert(condition: Any) -> Any:
-    """Return the negation; bound, for TVM rewrites ``not a < b`` to ``b <= a``, which is false for NaN too."""
-    return bind(condition, tirx.Not)
+    return pointwise(site, tirx.Not)
 
 
 @TABLE.lowers("BitwiseAnd", "BitwiseOr", "BitwiseXor")

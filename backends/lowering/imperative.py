@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from optc.backends.lowering.emit import as_index
 from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812
+
+from optc.backends.lowering.emit import as_index
 
 
 class Cells:
@@ -61,9 +62,7 @@ def procedure(
         name=name,
         dtype=dtypes,
         in_buffers=[tirx.decl_buffer(t.shape, t.dtype, t.op.name, layout=None) for t in inputs],
-        out_buffers=[
-            tirx.decl_buffer(s, d, name, layout=None) for s, d in zip(shapes, dtypes, strict=True)
-        ],
+        out_buffers=[tirx.decl_buffer(s, d, name, layout=None) for s, d in zip(shapes, dtypes, strict=True)],
     )
 
 

@@ -27,12 +27,8 @@ def gather(site: Site) -> Any:
         return _nothing(site, [*data[:axis], *indices, *data[axis + 1 :]])
     if fixed is not None and fixed.size == 1:
         place = im.wrap_negative(int(fixed.reshape(-1)[0]), size)
-        kept = [*data[:axis], *data[axis + 1 :]]
-
-        def row(a: Any) -> Any:
-            return te.compute(kept, lambda *i: a(*i[:axis], as_index(place), *i[axis:]), "gather")
-
-        return site.reshape(site.emit(row, site.tensor(0)), [*data[:axis], *indices, *data[axis + 1 :]])
+        row = take_one(site, site.tensor(0), axis, as_index(place))
+        return site.reshape(row, [*data[:axis], *indices, *data[axis + 1 :]])
     rank = len(indices)
 
     def compute(a: Any, at: Any) -> Any:
@@ -43,6 +39,16 @@ def gather(site: Site) -> Any:
         return te.compute([*a.shape[:axis], *at.shape, *a.shape[axis + 1 :]], element, "gather")
 
     return site.emit(compute, site.tensor(0), site.tensor(1))
+
+
+def take_one(site: Site, tensor: Any, axis: int, place: Any) -> Any:
+    """Return entry ``place`` of ``tensor`` along ``axis``, without that axis."""
+
+    def compute(a: Any) -> Any:
+        kept = [*a.shape[:axis], *a.shape[axis + 1 :]]
+        return te.compute(kept, lambda *i: a(*i[:axis], place, *i[axis:]), "take")
+
+    return site.emit(compute, tensor, name="take")
 
 
 @TABLE.lowers("GatherElements")
@@ -77,9 +83,7 @@ def gather_nd(site: Site) -> Any:
     def compute(a: Any, at: Any) -> Any:
         def element(*i: Any) -> Any:
             lead, rest = i[: len(outer)], i[len(outer) :]
-            place = [
-                as_index(im.wrap_negative(at(*lead, as_index(k)), data[batch + k])) for k in range(depth)
-            ]
+            place = [as_index(im.wrap_negative(at(*lead, as_index(k)), data[batch + k])) for k in range(depth)]
             return a(*i[:batch], *place, *rest)
 
         return te.compute([as_index(d) for d in result], element)
@@ -89,9 +93,7 @@ def gather_nd(site: Site) -> Any:
 
 def _nothing(site: Site, shape: list[Any]) -> Any:
     """Return an empty tensor, however large the tensor read is."""
-    return site.emit(
-        lambda: te.compute([as_index(d) for d in shape], lambda *_: scalar(0, site.dtype(0)), "empty")
-    )
+    return site.emit(lambda: te.compute([as_index(d) for d in shape], lambda *_: scalar(0, site.dtype(0)), "empty"))
 
 
 @TABLE.lowers("OneHot")
@@ -137,9 +139,7 @@ def eye_like(site: Site) -> Any:
     shape = [as_index(d) for d in site.shape(0)]
 
     def compute() -> Any:
-        return te.compute(
-            shape, lambda i, j: tirx.Select(j - i == offset, scalar(1, dtype), scalar(0, dtype)), "eye"
-        )
+        return te.compute(shape, lambda i, j: tirx.Select(j - i == offset, scalar(1, dtype), scalar(0, dtype)), "eye")
 
     return site.emit(compute)
 
@@ -214,9 +214,7 @@ def center_crop_pad(site: Site) -> Any:
         result[axis] = size
         # Both cropping and padding leave the smaller half in front.
         surplus = shape[axis] - size
-        offset[axis] = im.select(
-            im.less(surplus, 0), 0 - im.floor_div(0 - surplus, 2), im.floor_div(surplus, 2)
-        )
+        offset[axis] = im.select(im.less(surplus, 0), 0 - im.floor_div(0 - surplus, 2), im.floor_div(surplus, 2))
 
     def compute(a: Any) -> Any:
         def element(*i: Any) -> Any:
@@ -244,8 +242,9 @@ def det(site: Site) -> Any:
             outs[0][lead] = 1
             with imperative.loop(size) as (k,):
                 pivot[0] = k
-                with imperative.loop(size - k - 1) as (r,), imperative.when(
-                    tirx.abs(work[k + 1 + r, k]) > tirx.abs(work[pivot[0], k])
+                with (
+                    imperative.loop(size - k - 1) as (r,),
+                    imperative.when(tirx.abs(work[k + 1 + r, k]) > tirx.abs(work[pivot[0], k])),
                 ):
                     pivot[0] = k + 1 + r
                 with imperative.when(pivot[0] != k):
@@ -255,12 +254,11 @@ def det(site: Site) -> Any:
                         work[pivot[0], j] = held[0]
                     outs[0][lead] = scalar(0, dtype) - outs[0][lead]
                 outs[0][lead] = outs[0][lead] * work[k, k]
-                with imperative.when(work[k, k] != 0):
-                    with imperative.loop(size - k - 1) as (r,):
-                        row = k + 1 + r
-                        factor = imperative.variable(dtype, work[row, k] / work[k, k])
-                        with imperative.loop(size) as (j,):
-                            work[row, j] = work[row, j] - factor[0] * work[k, j]
+                with imperative.when(work[k, k] != 0), imperative.loop(size - k - 1) as (r,):
+                    row = k + 1 + r
+                    factor = imperative.variable(dtype, work[row, k] / work[k, k])
+                    with imperative.loop(size) as (j,):
+                        work[row, j] = work[row, j] - factor[0] * work[k, j]
 
     return site.emit(lambda a: imperative.procedure([a], [(outer, dtype)], body, "det"), site.tensor(0))
 

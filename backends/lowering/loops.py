@@ -18,7 +18,7 @@ from tvm import relax, te, tirx
 
 from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
-from optc.backends.lowering.emit import as_index, plain, shape_of
+from optc.backends.lowering.emit import as_index, shape_of
 from optc.backends.lowering.lower import Known
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
@@ -118,9 +118,7 @@ def scan(site: Site) -> Any:
     outputs = len(body.outputs) - states
     directions = site.attr("scan_input_directions", [0] * count)
     out_directions = site.attr("scan_output_directions", [0] * outputs)
-    axes = [
-        im.axis_of(a, site.rank(states + k)) for k, a in enumerate(site.attr("scan_input_axes", [0] * count))
-    ]
+    axes = [im.axis_of(a, site.rank(states + k)) for k, a in enumerate(site.attr("scan_input_axes", [0] * count))]
     out_axes = site.attr("scan_output_axes", [0] * outputs)
     trips = site.shape(states)[axes[0]]
     carried = [site.value(k) for k in range(states)]
@@ -128,9 +126,7 @@ def scan(site: Site) -> Any:
     lowerer = site.lowerer
 
     def bind(trip: Any) -> None:
-        for value, source, axis, backward in zip(
-            body.inputs[states:], sources, axes, directions, strict=True
-        ):
+        for value, source, axis, backward in zip(body.inputs[states:], sources, axes, directions, strict=True):
             lowerer.define(value, Known(_element(site, source, axis, trip, trips, bool(backward))))
 
     if isinstance(trips, int) and 0 < trips <= UNROLL_LIMIT:
@@ -338,9 +334,14 @@ class _Plan:
 
         def trial() -> list[Any]:
             after, scanned, _ = self._lower(_int64(0), state)
-            for tensor in (*after, *scanned):
-                dims = shape_of(tensor)
-                found.append([d if lowerer.free(d) <= outside else None for d in dims])
+            for value, tensor in zip([*self.outputs, *self.scanned], [*after, *scanned], strict=True):
+                declared = list(value.shape) if value.shape is not None else [None] * tensor.ty.ndim
+                found.append(
+                    [
+                        d if lowerer.free(d) <= outside else n if isinstance(n, int) else None
+                        for d, n in zip(shape_of(tensor), declared, strict=True)
+                    ]
+                )
             return []
 
         with lowerer.scope():
@@ -361,10 +362,12 @@ class _Plan:
                 self._join(old, new, backward)
                 for old, new, backward in zip(rest[count:], scanned, self.scanned_backward, strict=True)
             ]
-            following = self.site.emit(
-                lambda i: te.compute(i.shape, lambda k: i[k] + 1, "next"), number, name="next"
-            )
-            return [following, self._goes_on(following, limit, condition), *after, *joined]
+            following = self.site.emit(lambda i: te.compute(i.shape, lambda k: i[k] + 1, "next"), number, name="next")
+            kept = [
+                self.site.check_equal(t, [d if d is not None else x for d, x in zip(s, shape_of(t), strict=True)])
+                for t, (s, _) in zip(after, self.state[2:], strict=False)
+            ]
+            return [following, self._goes_on(following, limit, condition), *kept, *joined]
 
         return self.site.lowerer.outline("iteration", body, parameters, self._types())[0]
 

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as oir
 import tvm
+from tvm import relax, te, tirx
+
 from optc.backends.lowering import emit as emission
 from optc.backends.lowering import shape_values
 from optc.backends.lowering.site import Site, Unsupported
 from optc.backends.lowering.table import Lower, outputs
-from optc.ir import provenance
-from tvm import relax, te, tirx
-
 from optc.errors import UnsupportedModelError
+from optc.ir import provenance
 
 INLINE_CONSTANT_BYTES = 64
 """Constants up to this size live in the code (so that kernels can be specialized); larger ones are weights."""
@@ -104,7 +104,9 @@ class Lowerer:
     def run(self) -> Lowered:
         """Lower the whole model."""
         graph = self.model.graph
-        inputs = [self._input(value) for value in graph.inputs if self._supported_input(value)]
+        inputs = [self._input(value) for value in graph.inputs if self._fits(value, "input")]
+        for value in graph.outputs:
+            self._fits(value, "output")
         if self.refused:
             raise self._error()
         with self.builder.function("main", pure=False):
@@ -244,11 +246,11 @@ class Lowerer:
             hint="`optc check MODEL` lists everything unsupported without compiling",
         )
 
-    def _supported_input(self, value: oir.Value) -> bool:
-        if not isinstance(value.type, oir.TensorType) or value.dtype not in _DTYPES or value.shape is None:
-            self.refused.append(
-                f"input '{value.name}': type {value.type}, shape {value.shape} cannot be an input"
-            )
+    def _fits(self, value: oir.Value, role: str) -> bool:
+        """Tell whether ``value`` can cross the border of the model; refuse it otherwise."""
+        dense = isinstance(value.type, oir.TensorType) and value.dtype in _DTYPES
+        if not dense or (role == "input" and value.shape is None):
+            self.refused.append(f"{role} '{value.name}': type {value.type}, shape {value.shape} cannot be an {role}")
             return False
         return True
 
@@ -367,9 +369,7 @@ class Lowerer:
             self.read.update(known)
             self.integers[value] = known.reshape(shape)
         else:
-            self.integers[value] = np.array(
-                [int(v) for v in array.reshape(-1)], dtype=object
-            ).reshape(array.shape)
+            self.integers[value] = np.array([int(v) for v in array.reshape(-1)], dtype=object).reshape(array.shape)
         return self.integers[value]
 
     def bind_shape(self, tensor: Any, hint: str, *, size: bool = True) -> list[Any]:

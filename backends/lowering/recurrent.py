@@ -319,9 +319,7 @@ def _recurrent_bias(cell: _Cell, ins: list[Cells], direction: int, gate: int, j:
     return cell.read(ins, "bias", (direction, (cell.gates + gate) * cell.hidden + j))
 
 
-def _gate(
-    cell: _Cell, ins: list[Cells], direction: int, gate: int, b: Any, row: Any, sums: Cells, j: Any
-) -> Any:
+def _gate(cell: _Cell, ins: list[Cells], direction: int, gate: int, b: Any, row: Any, sums: Cells, j: Any) -> Any:
     """Return what enters the activation of a gate, before peepholes and clipping."""
     value = _inputs(cell, ins, direction, gate, row, j) + sums[b, gate * cell.hidden + j]
     return value + _recurrent_bias(cell, ins, direction, gate, j)

@@ -70,9 +70,7 @@ def scatter_nd(site: Site) -> Any:
         source, indices, updates = ins
         _copy(source, outs[0])
         with imperative.loop(*indices_shape[:-1]) as lead:
-            place = [
-                as_index(im.wrap_negative(indices[(*lead, k)], data[k])) for k in range(depth)
-            ]
+            place = [as_index(im.wrap_negative(indices[(*lead, k)], data[k])) for k in range(depth)]
             with imperative.loop(*data[depth:]) as rest:
                 target = (*place, *rest)
                 outs[0][target] = reduce(outs[0][target], updates[(*lead, *rest)])

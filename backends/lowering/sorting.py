@@ -113,7 +113,7 @@ def unique(site: Site) -> Any:
     # Slices side by side: [outer, entries, inner].
     outer, entries, inner = im.product(shape[:axis]), shape[axis], im.product(shape[axis + 1 :])
     flat = site.reshape(tensor, [outer, entries, inner])
-    keep_sorted, dtype = bool(site.attr("sorted", 1)), site.dtype(0)
+    keep_sorted = bool(site.attr("sorted", 1))
 
     def group(ins: list[imperative.Cells], outs: list[imperative.Cells]) -> None:
         """Fill the count, and by number: the first entry, how often it occurs; by entry: its number."""

@@ -23,13 +23,10 @@ def reshape(site: Site) -> Any:
     """Reshape-25: 0 copies a dimension unless ``allowzero``, -1 stands for what is left."""
     data, wanted = site.shape(0), site.ints(1)
     if not site.attr("allowzero", 0):
-        wanted = [
-            data[i] if im.known(d) and d == 0 and i < len(data) else d for i, d in enumerate(wanted)
-        ]
+        wanted = [data[i] if im.known(d) and d == 0 and i < len(data) else d for i, d in enumerate(wanted)]
         if any(map(site.is_read, wanted)):
             wanted = [
-                im.select(d == 0, data[i], d) if site.is_read(d) and i < len(data) else d
-                for i, d in enumerate(wanted)
+                im.select(d == 0, data[i], d) if site.is_read(d) and i < len(data) else d for i, d in enumerate(wanted)
             ]
     open_axes = [i for i, d in enumerate(wanted) if im.known(d) and d == -1]
     if open_axes:
@@ -85,9 +82,7 @@ def _without(shape: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
     place: Any = 0
     for axis, size in enumerate(shape):
         kept = im.select(tirx.any(*[_is_axis(a, axis, rank) for a in axes]), 0, 1)
-        result = [
-            im.select(tirx.all(kept == 1, as_index(place) == k), size, d) for k, d in enumerate(result)
-        ]
+        result = [im.select(tirx.all(kept == 1, as_index(place) == k), size, d) for k, d in enumerate(result)]
         place = place + kept
     return result
 
@@ -130,10 +125,14 @@ def transpose(site: Site) -> Any:
 
 @TABLE.lowers("Concat")
 def concat(site: Site) -> Any:
-    """Concat-13: contiguous copies, one loop nest an input."""
-    tensors = [t for t in site.tensors() if 0 not in shape_of(t)] or [site.tensor(0)]
-    rank = site.rank(0)
-    axis = im.axis_of(site.attr("axis"), rank)
+    """Concat-13."""
+    return join(site, site.tensors(), im.axis_of(site.attr("axis"), site.rank(0)))
+
+
+def join(site: Site, tensors: Sequence[Any], axis: int) -> Any:
+    """Concatenate: contiguous copies, one loop nest an input."""
+    # Empty parts add nothing, and shape arithmetic leaves many.
+    tensors = [t for t in tensors if not _is_zero(shape_of(t)[axis])] or [tensors[0]]
     if len(tensors) == 1:
         return tensors[0]
     shapes = [shape_of(t) for t in tensors]
@@ -158,7 +157,7 @@ def concat(site: Site) -> Any:
             offset = offset + source.shape[axis]
 
     return site.emit(
-        lambda *a: imperative.procedure(a, [(whole, str(a[0].dtype))], body, "concat"), *tensors
+        lambda *a: imperative.procedure(a, [(whole, str(a[0].dtype))], body, "concat"), *tensors, name="concat"
     )
 
 
@@ -175,20 +174,18 @@ def split(site: Site) -> Any:
         sizes = [im.maximum(im.minimum(part, shape[axis] - part * k), 0) for k in range(count)]
     results, offset = [], 0
     for number, size in enumerate(sizes):
-        results.append(
-            _window(site, axis, offset, size) if site.wants(number) else None
-        )
+        results.append(window(site, axis, offset, size) if site.wants(number) else None)
         offset = offset + size
     return results
 
 
-def _window(site: Site, axis: int, offset: Any, size: Any) -> Any:
+def window(site: Site, axis: int, offset: Any, size: Any) -> Any:
+    """Return ``size`` entries of input 0 from ``offset`` on along ``axis``."""
+
     def compute(a: Any) -> Any:
         shape = [*a.shape]
         shape[axis] = as_index(size)
-        return te.compute(
-            shape, lambda *i: a(*[v + offset if k == axis else v for k, v in enumerate(i)]), "window"
-        )
+        return te.compute(shape, lambda *i: a(*[v + offset if k == axis else v for k, v in enumerate(i)]), "window")
 
     return site.emit(compute, site.tensor(0))
 
@@ -320,9 +317,7 @@ def pad(site: Site) -> Any:
     if any(im.known(d) and d == 0 for d in shape) and 0 not in result:
         site.unsupported(f"mode '{mode}' cannot pad an empty axis")
     return site.emit(
-        lambda a: te.compute(
-            [as_index(d) for d in result], lambda *i: a(*[read(k, v) for k, v in enumerate(i)])
-        ),
+        lambda a: te.compute([as_index(d) for d in result], lambda *i: a(*[read(k, v) for k, v in enumerate(i)])),
         site.tensor(0),
     )
 
@@ -367,10 +362,3 @@ def _edge(i: Any, size: Any) -> Any:
 
 def _is_zero(value: Any) -> bool:
     return isinstance(value, int) and value == 0
-
-
-def _fixed(site: Site, index: int, what: str) -> list[int]:
-    values = site.ints(index)
-    if not im.known(*values):
-        site.unsupported(f"{what} must be known while compiling")
-    return values

@@ -77,8 +77,8 @@ def command(
 
 
 def _peers(model: str, names: list[str], threads: int, arrays: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    from optc.capture import capture
     from optc.peers import open_peer
+    from optc.source import capture
 
     original = capture(model)
     runs: dict[str, Callable[[], object]] = {}

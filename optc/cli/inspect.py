@@ -27,9 +27,9 @@ def command(model: str, input_shapes: tuple[str, ...], dims: tuple[str, ...], te
     if Path(model).suffix == ".optc":
         _artifact(Path(model), as_json)
         return
-    from optc.capture import capture
     from optc.ir import cost
     from optc.ir import text as ir_text
+    from optc.source import capture
 
     captured = capture(model, **capture_arguments(input_shapes, dims))
     if as_json:

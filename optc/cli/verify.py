@@ -41,9 +41,9 @@ def command(
       optc verify model.onnx --bisect
     """
     from optc import sample, verification
-    from optc.capture import capture
     from optc.driver import compile, specs, verify_artifact
     from optc.runtime import load
+    from optc.source import capture
 
     arguments = capture_arguments(input_shapes, dims)
     if bisect:

@@ -95,9 +95,7 @@ def test_hidden_sizes_that_do_and_do_not_fill_panels(compile_model, make_model, 
 @pytest.mark.parametrize("linear", [0, 1])
 @pytest.mark.parametrize("hidden", [3, 24])
 def test_gru_reset(compile_model, make_model, linear, hidden):
-    model, feed = build(
-        make_model, "GRU", hidden=hidden, given=("b", "h0", "lens"), linear_before_reset=linear
-    )
+    model, feed = build(make_model, "GRU", hidden=hidden, given=("b", "h0", "lens"), linear_before_reset=linear)
     check(compile_model, model, [feed(4, 2)])
 
 

@@ -7,7 +7,11 @@ import warnings
 import ml_dtypes
 import numpy as np
 import pytest
+import tvm
 from onnx import helper
+from tvm import te, tirx
+
+from optc.backends.kernels import reduction
 
 REFERENCE = {
     "ReduceSum": np.sum,
@@ -91,6 +95,19 @@ def test_empty_axis_gives_the_identity(reductions, shape):
     expected = [0, -np.inf, np.inf, 1, 0, 0, -np.inf, -np.inf, 0]
     for op, got, want in zip(names, results, expected, strict=True):
         np.testing.assert_array_equal(got, np.full((2, 3), want, np.float32), err_msg=op)
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_empty_reduction_without_a_schedule(contiguous):
+    length = tirx.Var("n", "int64")
+    a = te.placeholder((3, length), "float32")
+    total = reduction.reduce(
+        reduction.addition("float32"), lambda i, k: a(*i, *k), [3], [length], contiguous=contiguous
+    )
+    kernel = tvm.compile(tvm.IRModule({"main": te.create_prim_func([a, total], "int64")}), target="llvm")
+    result = tvm.runtime.tensor(np.full(3, 7, np.float32))
+    kernel["main"](tvm.runtime.tensor(np.zeros((3, 0), np.float32)), result)
+    np.testing.assert_array_equal(result.numpy(), [0, 0, 0])
 
 
 def test_noop_with_empty_axes(compile_model, make_model):
