@@ -175,6 +175,7 @@ def work(backend: str, only: str, shard: int, shards: int, output: Path) -> None
         import optc.driver
         import optc.runtime.model  # noqa: F401
     results = {}
+    output.write_text("{}")
     chosen = [(n, c) for n, c in tests().items() if re.search(only, n)]
     for name, case in chosen[shard::shards]:
         results[name] = in_a_process(case, backend)

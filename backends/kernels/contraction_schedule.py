@@ -118,7 +118,7 @@ class _Generator:
             return sequence(*self.spare, rest)
 
         # Accumulators indexed by a variable would leave their registers: a partial column tile copies them here.
-        self.tail, allocate = loops.scratch("tail", self.mr * self.nr, self.dtype, "global")
+        self.tail, allocate = loops.scratch("tail", self.mr * self.nr, self.dtype)
         self.spare = [] if self.whole_columns else [allocate]
         return loop("task", self.b * inner, task, "parallel")
 
@@ -133,7 +133,7 @@ class _Generator:
         def body(b: Any, first: Any) -> Any:
             here = loops.smaller(count, self.tiles - first) if count != 1 else 1
             places = self.batch.at(b)
-            panel, allocate = loops.scratch("panel", self.k * (count * self.nr), self.dtype, "global")
+            panel, allocate = loops.scratch("panel", self.k * (count * self.nr), self.dtype)
 
             def micro(r: Any, t: Any) -> Any:
                 def tile(position: Any, origin: Any) -> Any:
@@ -269,7 +269,6 @@ class _Generator:
 
         return sequence(
             allocate,
-            loops.keep_on_stack(acc, zero),
             *(clear(at) for _, at, _ in vectors),
             loop("k", self.k, lambda k: sequence(*(update(i, at, v, k) for i, at, v in vectors))),
             self._store(places, r, t, acc, exact),

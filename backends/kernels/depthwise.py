@@ -75,7 +75,7 @@ class _Generator:
         if self.direct:
             return sequence(allocate, *kept, self._rows(places, weights, None))
         size = self.strides[1] * self.rows * self.pitch
-        plane, reserve = loops.scratch("plane", size, self.dtype, "global")
+        plane, reserve = loops.scratch("plane", size, self.dtype)
         return sequence(reserve, self._fill(places, plane), allocate, *kept, self._rows(places, weights, plane))
 
     def _weight(self, places: dict[Any, Any], position: int) -> Any:
@@ -158,8 +158,7 @@ class _Generator:
                 return self.reader.store(where, [], load(acc, lane))
 
             bind = tirx.Bind(start, loops.index(place))
-            kept = loops.keep_on_stack(acc, tirx.const(0, self.dtype))
-            return sequence(bind, *fill, allocate, kept, self.reader.lanewise(lanes, total), self.reader.lanewise(lanes, put))
+            return sequence(bind, *fill, allocate, self.reader.lanewise(lanes, total), self.reader.lanewise(lanes, put))
 
         count = loops.ceildiv(self.width, lanes)
         return loop("y", self.height, lambda y: loop("v", count, lambda v: vector(y, v)))

@@ -74,19 +74,14 @@ def load(buffer: Any, position: Any) -> Any:
     return tirx.BufferLoad(buffer, [index(position)])
 
 
-def scratch(name: str, size: Any, dtype: str, scope: str = "local") -> tuple[Any, Any]:
-    """Return a flat scratch buffer and the statement that allocates it."""
-    buffer = tirx.decl_buffer([index(size)], dtype, name, scope=scope)
-    return buffer, tirx.AllocBuffer(buffer)
+def scratch(name: str, size: Any, dtype: str) -> tuple[Any, Any]:
+    """Return a flat scratch buffer and the statement that allocates it.
 
-
-def keep_on_stack(buffer: Any, zero: Any) -> Any:
-    """Return a scalar store to a scratch buffer of accumulators that is about to be overwritten.
-
-    A buffer that only vectors touch is given a vector type by TVM and then put on the heap, from where LLVM does not
-    always get it into registers.
+    TVM puts a buffer of scope "global" of less than 1 KiB on the stack, from where LLVM gets it into registers; one
+    of scope "local" goes to the heap.
     """
-    return store(buffer, 0, zero)
+    buffer = tirx.decl_buffer([index(size)], dtype, name, scope="global")
+    return buffer, tirx.AllocBuffer(buffer)
 
 
 def unravel(flat: Any, extents: Sequence[Any]) -> list[Any]:

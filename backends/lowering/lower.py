@@ -294,9 +294,10 @@ class Lowerer:
         if value in self.constants:
             return self.constants[value]
         known = self.integers.get(value)
-        if known is not None and all(isinstance(v, int | bool) for v in known.flat):
-            return known.astype(self.dtype(value))
-        return None
+        numbers = None if known is None else [shape_values.number(v) for v in known.flat]
+        if known is None or numbers is None or None in numbers:
+            return None
+        return np.array(numbers, self.dtype(value)).reshape(known.shape)
 
     def tensor(self, value: oir.Value) -> Any:
         """Return ``value`` as a Relax tensor, emitting what is needed to make it one."""
@@ -337,7 +338,10 @@ class Lowerer:
 
     def materialize(self, known: np.ndarray, dtype: str) -> Any:
         """Return an array of ints and expressions as a tensor, computed by a kernel."""
-        flat = [emission.as_index(v) for v in known.reshape(-1)]
+        flat = [
+            v.expression(dtype) if isinstance(v, shape_values.Ratio) else emission.as_index(v)
+            for v in known.reshape(-1)
+        ]
 
         def compute() -> Any:
             def element(*index: Any) -> Any:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as oir
-from optc.backends.lowering import emit as emission
 from tvm import relax, tirx
+
+from optc.backends.lowering import emit as emission
 
 if TYPE_CHECKING:
     from optc.backends.lowering.lower import Lowerer
