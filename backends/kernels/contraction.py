@@ -56,7 +56,7 @@ def pack_columns(matrix: np.ndarray) -> np.ndarray:
 
 
 def pack_rows(weights: np.ndarray) -> np.ndarray:
-    """Pack ``[..., M, K...]`` given as ``[G, M, K...]`` into ``[G, M/6, K..., 6]`` with an even number of blocks."""
+    """Pack ``[G, M, K...]`` into ``[G, M/6, K..., 6]`` with an even number of blocks."""
     groups, m, *reduced = weights.shape
     blocks = -(-m // (2 * ROW_BLOCK)) * 2
     padded = np.zeros((groups, blocks * ROW_BLOCK, *reduced), weights.dtype)
@@ -92,9 +92,7 @@ def packed_matmul(a: Any, packed: Any, n: int) -> Any:
     return te.compute((*a.shape[:-1], n), element, "matmul", attrs=attributes)
 
 
-def matmul(
-    a: Any, b: Any, batch: Sequence[Any], *, transpose_a: bool = False, transpose_b: bool = False
-) -> Any:
+def matmul(a: Any, b: Any, batch: Sequence[Any], *, transpose_a: bool = False, transpose_b: bool = False) -> Any:
     """``a [..., M, K]`` times ``b [..., K, N]`` with broadcast leading axes ``batch``, in the accumulator's type.
 
     A transposed operand is given as ``[..., K, M]`` or ``[..., N, K]``.
@@ -117,8 +115,13 @@ def matmul(
 def _broadcast(tensor: Any, outer: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
     """Return the leading indices of ``tensor`` at ``outer``: 0 where its extent is 1, from the right."""
     leading = len(tensor.shape) - 2
+    skip = len(batch) - leading
     index = []
-    for extent, i in zip(tensor.shape[:leading], list(outer)[len(batch) - leading :], strict=True):
-        one = isinstance(extent, tirx.IntImm) and int(extent) == 1
-        index.append(tirx.IntImm("int64", 0) if one else i)
+    for extent, full, i in zip(tensor.shape[:leading], batch[skip:], list(outer)[skip:], strict=True):
+        if isinstance(extent, tirx.IntImm):
+            index.append(tirx.IntImm("int64", 0) if int(extent) == 1 else i)
+        else:
+            # A symbolic extent that is not the result's is 1 or equal to it.
+            same = not isinstance(full, int) and extent.same_as(full)
+            index.append(i if same else tirx.min(i, extent - 1))
     return index

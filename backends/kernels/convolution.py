@@ -19,8 +19,11 @@ def pad(x: Any, before: Sequence[Any], after: Sequence[Any], value: Any) -> Any:
 
     def element(*index: Any) -> Any:
         outer, inner = index[:lead], [i - b for i, b in zip(index[lead:], before, strict=True)]
-        inside = [c for i, s, b, a in zip(inner, sizes, before, after, strict=True)
-                  for c in ([i >= 0] if _may(b) else []) + ([i < s] if _may(a) else [])]
+        inside = [
+            c
+            for i, s, b, a in zip(inner, sizes, before, after, strict=True)
+            for c in ([i >= 0] if _may(b) else []) + ([i < s] if _may(a) else [])
+        ]
         loaded = x(*outer, *inner)
         return tirx.if_then_else(tirx.all(*inside), loaded, value) if inside else loaded
 
@@ -32,8 +35,16 @@ def _may(amount: Any) -> bool:
 
 
 def conv(
-    x: Any, w: Any, *, channels: int, groups: int, strides: Sequence[int], dilations: Sequence[int],
-    out: Sequence[Any], packed: bool, kernel: Sequence[Any],
+    x: Any,
+    w: Any,
+    *,
+    channels: int,
+    groups: int,
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    out: Sequence[Any],
+    packed: bool,
+    kernel: Sequence[Any],
 ) -> Any:
     """Convolve padded ``x [N, C, *S]``: ``[N, M, *out]``, or ``[N, G, M/G, *out]`` with ``groups`` > 1.
 
@@ -52,8 +63,9 @@ def conv(
         n, g, m, *pixel = index if grouped else (index[0], 0, *index[1:])
         where = [_at(p, s, k, d) for p, s, k, d in zip(pixel, strides, ks, dilations, strict=True)]
         channel = g * depth + c if grouped else c
-        weight = (w(g, m // ROW_BLOCK, c, *ks, m % ROW_BLOCK) if packed
-                  else w(g * per_group + m if grouped else m, c, *ks))
+        weight = (
+            w(g, m // ROW_BLOCK, c, *ks, m % ROW_BLOCK) if packed else w(g * per_group + m if grouped else m, c, *ks)
+        )
         return te.sum(widen(weight, dtype) * widen(x(n, channel, *where), dtype), axis=reduced)
 
     lead = [x.shape[0], groups, per_group] if grouped else [x.shape[0], channels]
@@ -69,6 +81,7 @@ def _at(pixel: Any, stride: int, k: Any, dilation: int) -> Any:
 
 def add_bias(y: Any, bias: Any, axis: int, per_group: int) -> Any:
     """Add ``bias [M]`` to ``y`` whose axis ``axis`` is the channel (within the group on axis 1 when ``axis`` is 2)."""
+
     def element(*index: Any) -> Any:
         channel = index[1] * per_group + index[2] if axis == 2 else index[1]
         return y(*index) + widen(bias(channel), str(y.dtype))
@@ -95,8 +108,16 @@ def spread(x: Any, w: Any, *, maps: int, groups: int, packed: bool) -> Any:
 
 
 def gather(
-    y: Any, bias: Any, *, channels: int, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int],
-    before: Sequence[Any], out: Sequence[Any], groups: int,
+    y: Any,
+    bias: Any,
+    *,
+    channels: int,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    before: Sequence[Any],
+    out: Sequence[Any],
+    groups: int,
 ) -> Any:
     """Sum what ``spread`` made into the output of a transposed convolution, ``[N, M, *out]``.
 
@@ -127,8 +148,16 @@ def gather(
 
 
 def depthwise(
-    x: Any, w: Any, *, channels: int, strides: Sequence[int], dilations: Sequence[int], out: Sequence[Any],
-    kernel: Sequence[Any], before: Sequence[Any], after: Sequence[Any],
+    x: Any,
+    w: Any,
+    *,
+    channels: int,
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    out: Sequence[Any],
+    kernel: Sequence[Any],
+    before: Sequence[Any],
+    after: Sequence[Any],
 ) -> Any:
     """Convolve each channel of ``x [N, C, *S]``, padded here, with its own ``M / C`` kernels ``w [M, 1, *K]``."""
     dtype = accumulator(str(x.dtype))

@@ -113,8 +113,11 @@ class _Generator:
             # Columns j with 0 <= j * step + phase - before < width.
             first = tirx.floordiv(tirx.max(before[1] - phase, loops.index(0)) + (step - 1), loops.index(step))
             stop = tirx.floordiv(width + before[1] - phase + (step - 1), loops.index(step))
-            return loop("y", height, lambda y: loop(
-                "j", tirx.max(stop - first, loops.index(0)), lambda j: element(phase, y, j + first)))
+            return loop(
+                "y",
+                height,
+                lambda y: loop("j", tirx.max(stop - first, loops.index(0)), lambda j: element(phase, y, j + first)),
+            )
 
         clear = None
         if padding is not None:

@@ -264,9 +264,7 @@ class Reader:
         start = starts[0]
         rest = indices[:start] + indices[start + count :]
         inner = list(x.source.shape)[start + 1 : start + count]
-        equal = all(
-            _identical(self.size(a), loops.plain(b)) for a, b in zip(inner, axes.extents[1:], strict=True)
-        )
+        equal = all(_identical(self.size(a), loops.plain(b)) for a, b in zip(inner, axes.extents[1:], strict=True))
         return start if equal and not any(loops.uses(i, axes.variables) for i in rest) else None
 
     def unit_step(self, offset: Any, variable: Any) -> bool:

@@ -89,6 +89,7 @@ def tables(
 
     ``shrink`` scales the filter for antialiasing (1 without); weights are normalized where that can matter.
     """
+
     def first(x: Any) -> Any:
         return tirx.ceil(x).astype("int64") - as_index(taps) // 2
 

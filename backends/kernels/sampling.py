@@ -50,8 +50,15 @@ def tap(x: Any, k: Any, kind: str) -> tuple[Any, Any]:
     return position, linear_weight(distance) if kind == "linear" else cubic_weight(distance, -0.75)
 
 
-def gather(a: Any, lead: Sequence[Any], taps: Sequence[tuple[Any, Any]], sizes: Sequence[Any], padding: str,
-           align_corners: bool, dtype: str) -> Any:
+def gather(
+    a: Any,
+    lead: Sequence[Any],
+    taps: Sequence[tuple[Any, Any]],
+    sizes: Sequence[Any],
+    padding: str,
+    align_corners: bool,
+    dtype: str,
+) -> Any:
     """Return the weighted element of ``a`` at one combination of taps, ``(position, weight)`` an axis."""
     where, checks, weight = [], [], real(1)
     for (position, w), size in zip(taps, sizes, strict=True):

@@ -182,11 +182,16 @@ def _apply(mask: Any, value: Any, at: Sequence[Any], length: Any) -> tuple[Any, 
     if not _is(extent, length):
         conditions.append(key < extent)
         tail[-1] = tirx.min(key, extent - 1)
-    index = [as_index(0) if _is(d, 1) and not (p == len(dims) - 1) else i for p, (d, i) in
-             enumerate(zip(dims, tail, strict=True))]
+    index = [as_index(0) if _is(d, 1) else _clamped(i, d) for d, i in zip(dims[:-1], tail[:-1], strict=True)]
+    index.append(tail[-1])
     if str(mask.dtype) == "bool":
         return value, [*conditions, mask(*index)]
     return value + vector_math.convert(mask(*index), str(value.ty.dtype)), conditions
+
+
+def _clamped(index: Any, extent: Any) -> Any:
+    """Return ``index``, or 0 where a symbolic ``extent`` turns out to be 1."""
+    return index if isinstance(extent, tirx.IntImm) else tirx.min(index, extent - 1)
 
 
 def _is(extent: Any, other: Any) -> bool:
@@ -202,7 +207,8 @@ def _softmax(site: Site, scores: Any) -> Any:
         *rows, length = x.shape
         dtype = str(x.dtype)
         top = reduction.reduce(
-            reduction.maximum(dtype), lambda i, k: x(*i, *k), rows, [length], contiguous=True, name="top")
+            reduction.maximum(dtype), lambda i, k: x(*i, *k), rows, [length], contiguous=True, name="top"
+        )
 
         def power(*i: Any) -> Any:
             peak = top(*i[:-1])
@@ -211,7 +217,8 @@ def _softmax(site: Site, scores: Any) -> Any:
 
         powers = te.compute(x.shape, power, "powers")
         total = reduction.reduce(
-            reduction.addition(dtype), lambda i, k: powers(*i, *k), rows, [length], contiguous=True, name="total")
+            reduction.addition(dtype), lambda i, k: powers(*i, *k), rows, [length], contiguous=True, name="total"
+        )
 
         def share(*i: Any) -> Any:
             whole = total(*i[:-1])

@@ -8,6 +8,7 @@ import numpy as np
 
 from optc.backends.kernels import contraction, convolution
 from optc.backends.lowering.emit import shape_of
+from optc.backends.lowering.matmul import agree
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 from optc.backends.lowering.windows import Windows, at_least, windows
@@ -27,8 +28,9 @@ def conv(site: Site) -> Any:
     filters = list(weights.shape) if weights is not None else site.shape(1)
     groups = site.attr("group", 1)
     channels, kernel = filters[0], filters[2:]
-    if not isinstance(channels, int) or not all(isinstance(k, int) for k in kernel):
+    if not all(isinstance(d, int) for d in filters):
         site.unsupported("the shape of the convolution's weights must be known while compiling")
+    x = agree(site, x, [shape[0], filters[1] * groups, *shape[2:]])
     geometry = windows(site, shape[2:], kernel)
     bias = [site.tensor(2)] if site.has(2) else []
     dtype, per_group = str(x.ty.dtype), channels // groups
@@ -87,6 +89,7 @@ def conv_transpose(site: Site) -> Any:
     if not all(isinstance(d, int) for d in filters):
         site.unsupported("the shape of the convolution's weights must be known while compiling")
     depth, per_group, *kernel = filters
+    x = agree(site, x, [shape[0], depth, *shape[2:]])
     before, out, strides, dilations = _transposed_geometry(site, shape[2:], kernel)
     channels, maps = per_group * groups, per_group * int(np.prod(kernel, dtype=np.int64))
     flat = [groups, depth // groups, maps]
@@ -96,15 +99,25 @@ def conv_transpose(site: Site) -> Any:
         w = site.reshape(site.tensor(1), flat)
     spread = site.emit(
         lambda a, f: convolution.spread(a, f, maps=maps, groups=groups, packed=weights is not None),
-        x, w, name="conv_transpose", attributes=contraction.FUSIBLE,
+        x,
+        w,
+        name="conv_transpose",
+        attributes=contraction.FUSIBLE,
     )
     bias = [site.tensor(2)] if site.has(2) else []
     dtype = str(x.ty.dtype)
 
     def gather(y: Any, *b: Any) -> Any:
         total = convolution.gather(
-            y, b[0] if b else None, channels=channels, kernel=kernel, strides=strides, dilations=dilations,
-            before=before, out=out, groups=groups,
+            y,
+            b[0] if b else None,
+            channels=channels,
+            kernel=kernel,
+            strides=strides,
+            dilations=dilations,
+            before=before,
+            out=out,
+            groups=groups,
         )
         return contraction.narrow(total, dtype)
 

@@ -8,6 +8,7 @@ from tvm import te
 
 from optc.backends.kernels.contraction import FUSIBLE, accumulator, annotate, narrow, widen
 from optc.backends.lowering.emit import shape_of
+from optc.backends.lowering.matmul import agree
 from optc.backends.lowering.site import Site
 from optc.backends.lowering.table import Table
 
@@ -24,6 +25,7 @@ def einsum(site: Site) -> Any:
     tensors = site.tensors()
     shapes = [shape_of(t) for t in tensors]
     terms, output, extents = parse(site, str(site.attr("equation")), shapes)
+    tensors = [_checked(site, t, shape, term, extents) for t, shape, term in zip(tensors, shapes, terms, strict=True)]
     dtype = str(tensors[0].ty.dtype)
     if len(tensors) == 1:
         return _reduce(site, tensors[0], terms[0], output, extents, dtype)
@@ -63,6 +65,12 @@ def parse(site: Site, equation: str, shapes: list[list[Any]]) -> tuple[list[str]
         return terms, right.replace("...", dots), extents
     joined = "".join(terms)
     return terms, dots + "".join(sorted(c for c in set(joined) if joined.count(c) == 1 and c not in dots)), extents
+
+
+def _checked(site: Site, tensor: Any, shape: list[Any], labels: str, extents: dict[str, Any]) -> Any:
+    """Return ``tensor`` with a check at run time that equal labels have equal extents, where that is open."""
+    one = [isinstance(d, int) and d == 1 for d in shape]
+    return agree(site, tensor, [1 if single else extents[c] for single, c in zip(one, labels, strict=True)])
 
 
 def _index(tensor: Any, labels: str, at: dict[str, Any]) -> Any:

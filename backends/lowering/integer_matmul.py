@@ -10,7 +10,7 @@ from tvm import te, tirx
 from optc.backends.kernels import contraction, convolution
 from optc.backends.lowering.convolution import pack_filters, padded
 from optc.backends.lowering.emit import shape_of
-from optc.backends.lowering.matmul import broadcast_shapes
+from optc.backends.lowering.matmul import agree, product
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 from optc.backends.lowering.windows import windows
@@ -53,8 +53,7 @@ def _product(site: Site, a: Any, b: Any) -> Any:
     left, right = shape_of(a), shape_of(b)
     a = site.reshape(a, [1, *left]) if len(left) == 1 else a
     b = site.reshape(b, [*right, 1]) if len(right) == 1 else b
-    batch = broadcast_shapes(site, shape_of(a)[:-2], shape_of(b)[:-2])
-    y = site.emit(lambda p, q: contraction.matmul(p, q, batch), a, b, name="matmul", attributes=contraction.FUSIBLE)
+    y = product(site, a, b)
     if len(left) > 1 and len(right) > 1:
         return y
     shape = shape_of(y)
@@ -104,6 +103,7 @@ def _convolution(site: Site, x_at: int, x_zero: int, w_at: int, w_zero: int, bia
         site.unsupported("the shape of the convolution's weights must be known while compiling")
     x = centered(site, x_at, x_zero)
     shape = shape_of(x)
+    x = agree(site, x, [shape[0], filters[1] * groups, *shape[2:]])
     geometry = windows(site, shape[2:], kernel)
     x = padded(site, x, geometry)
     weights, zeros = site.constant(w_at), site.constant(w_zero)
@@ -119,8 +119,15 @@ def _convolution(site: Site, x_at: int, x_zero: int, w_at: int, w_zero: int, bia
 
     def compute(a: Any, f: Any, *b: Any) -> Any:
         y = convolution.conv(
-            a, f, channels=channels, groups=groups, strides=geometry.strides, dilations=geometry.dilations,
-            out=geometry.out, packed=packed, kernel=kernel,
+            a,
+            f,
+            channels=channels,
+            groups=groups,
+            strides=geometry.strides,
+            dilations=geometry.dilations,
+            out=geometry.out,
+            packed=packed,
+            kernel=kernel,
         )
         for term in b:
             y = convolution.add_bias(y, term, 2 if groups > 1 else 1, per_group)
@@ -140,8 +147,11 @@ def requantize(
 
     def compute(a: Any, s: Any, t: Any, u: Any, *z: Any) -> Any:
         def element(*i: Any) -> Any:
-            factor = (parameter(s, i, left[1]).astype("float32") * parameter(t, i, right[1]).astype("float32")
-                      / parameter(u, i, None).astype("float32"))
+            factor = (
+                parameter(s, i, left[1]).astype("float32")
+                * parameter(t, i, right[1]).astype("float32")
+                / parameter(u, i, None).astype("float32")
+            )
             value = tirx.nearbyint(a(*i).astype("float32") * factor)
             for point in z:
                 value = value + parameter(point, i, None).astype("float32")
@@ -152,5 +162,3 @@ def requantize(
 
     scales: list[Any] = [site.tensor(left[0]), site.tensor(right[0]), site.tensor(scale_at)]
     return site.emit(compute, y, *scales, *zeros, name="requantize", attributes={"op_pattern": 0})
-
-

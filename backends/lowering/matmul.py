@@ -9,6 +9,7 @@ import numpy as np
 from tvm import te
 
 from optc.backends.kernels import contraction
+from optc.backends.lowering.broadcasting import broadcast_shapes, checked
 from optc.backends.lowering.emit import plain, shape_of
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
@@ -39,6 +40,7 @@ def matmul(site: Site) -> Any:
 def packed(site: Site, a: Any, matrix: np.ndarray, name: str = "matmul") -> Any:
     """Emit ``a [..., M, K]`` times a constant ``[K, N]``."""
     weight = site.weight(contraction.pack_columns(matrix), "packed")
+    a = agree(site, a, [*shape_of(a)[:-1], matrix.shape[0]])
     n, dtype = matrix.shape[1], str(a.ty.dtype)
 
     def compute(x: Any, w: Any) -> Any:
@@ -51,7 +53,11 @@ def product(
     site: Site, a: Any, b: Any, *, transpose_b: bool = False, scale: float | None = None, name: str = "matmul"
 ) -> Any:
     """Emit ``scale * a @ b`` with broadcast leading axes, neither operand known."""
-    batch = broadcast_shapes(site, shape_of(a)[:-2], shape_of(b)[:-2])
+    left, right = shape_of(a), shape_of(b)
+    batch = broadcast_shapes(site, left[:-2], right[:-2])
+    a = checked(site, a, left, [*batch, *left[-2:]])
+    inner = [right[-2], left[-1]] if transpose_b else [left[-1], right[-1]]
+    b = checked(site, agree(site, b, [*right[:-2], *inner]), [*right[:-2], *inner], [*batch, *inner])
     dtype = str(a.ty.dtype)
 
     def compute(x: Any, y: Any) -> Any:
@@ -64,21 +70,14 @@ def product(
     return site.emit(compute, a, b, name=name, attributes=contraction.FUSIBLE)
 
 
-def broadcast_shapes(site: Site, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
-    """Broadcast two lists of dimensions; two symbols that are not provably equal are taken as equal sizes."""
-    result: list[Any] = []
-    for i in range(1, max(len(a), len(b)) + 1):
-        left = a[-i] if i <= len(a) else 1
-        right = b[-i] if i <= len(b) else 1
-        if isinstance(left, int) and isinstance(right, int) and left != right and 1 not in (left, right):
-            site.unsupported(f"shapes {list(a)} and {list(b)} do not broadcast")
-        if isinstance(left, int) and left == 1:
-            result.insert(0, right)
-        elif isinstance(right, int) and right == 1:
-            result.insert(0, left)
-        else:
-            result.insert(0, left if isinstance(left, int) else right)
-    return result
+def agree(site: Site, tensor: Any, shape: Sequence[Any]) -> Any:
+    """Return ``tensor`` with a check at run time that it has ``shape``, if that is not known already."""
+    own = shape_of(tensor)
+    if all(site.prove_equal(a, b) for a, b in zip(own, shape, strict=True)):
+        return tensor
+    if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(own, shape, strict=True)):
+        site.unsupported(f"shape {own} does not fit {list(shape)}")
+    return site.check_equal(tensor, shape)
 
 
 @TABLE.lowers("Gemm")
@@ -90,6 +89,9 @@ def gemm(site: Site) -> Any:
     constant = site.constant(1)
     addends = [site.tensor(2)] if site.has(2) and beta != 0.0 else []
     use_packed = constant is not None and not trans_a
+    depth = (site.shape(1) if constant is None else constant.shape)[1 if trans_b else 0]
+    rows = site.shape(0)[1 if trans_a else 0]
+    a = agree(site, a, [depth, rows] if trans_a else [rows, depth])
     second = _packed_gemm_weight(site, constant, trans_b) if use_packed else site.tensor(1)
 
     def compute(x: Any, w: Any, *c: Any) -> Any:
@@ -107,7 +109,9 @@ def gemm(site: Site) -> Any:
         for term in c:
             index = [i, j][2 - len(term.shape) :]
             extents = [acc.shape[0], acc.shape[1]][2 - len(term.shape) :]
-            index = [0 if _is_one(d) and not _is_one(e) else k for k, d, e in zip(index, term.shape, extents, strict=True)]
+            index = [
+                0 if _is_one(d) and not _is_one(e) else k for k, d, e in zip(index, term.shape, extents, strict=True)
+            ]
             added = term(*index).astype(wide)
             value = value + (added if beta == 1.0 else added * scalar(beta, wide))
         return value

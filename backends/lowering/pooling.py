@@ -27,7 +27,8 @@ def max_pool(site: Site) -> Any:
         ks = _axes(w)
         return te.compute(
             (*shape[:2], *w.out),
-            lambda n, c, *p: te.max(_read(a, w, n, c, p, ks, tirx.min_value(dtype)), axis=ks), "max_pool",
+            lambda n, c, *p: te.max(_read(a, w, n, c, p, ks, tirx.min_value(dtype)), axis=ks),
+            "max_pool",
         )
 
     y = site.emit(largest, x, name="max_pool")
@@ -77,7 +78,8 @@ def average_pool(site: Site) -> Any:
         ks = _axes(w)
         total = te.compute(
             (*shape[:2], *w.out),
-            lambda n, c, *p: te.sum(widen(_read(a, w, n, c, p, ks, scalar(0, dtype)), wide), axis=ks), "sum_pool",
+            lambda n, c, *p: te.sum(widen(_read(a, w, n, c, p, ks, scalar(0, dtype)), wide), axis=ks),
+            "sum_pool",
         )
 
         def divide(n: Any, c: Any, *p: Any) -> Any:
@@ -189,8 +191,7 @@ def _axes(w: Windows) -> list[Any]:
 
 def _where(w: Windows, outer: Any, ks: Any) -> list[Any]:
     return [
-        o * s + k * d - as_index(b)
-        for o, s, k, d, b in zip(outer, w.strides, ks, w.dilations, w.before, strict=True)
+        o * s + k * d - as_index(b) for o, s, k, d, b in zip(outer, w.strides, ks, w.dilations, w.before, strict=True)
     ]
 
 

@@ -135,9 +135,7 @@ def _vector(values: Sequence[Any]) -> Any:
     return te.compute((len(values),), element, "sizes")
 
 
-def _resize_axis(
-    site: Site, x: Any, axis: Axis, mode: str, transform: str, scales: Any, count: int
-) -> Any:
+def _resize_axis(site: Site, x: Any, axis: Axis, mode: str, transform: str, scales: Any, count: int) -> Any:
     shape = shape_of(x)
     out_shape = [*shape[: axis.axis], axis.out, *shape[axis.axis + 1 :]]
     crop = transform == "tf_crop_and_resize"
@@ -156,13 +154,18 @@ def _resize_axis(
         rounding = _text(site, "nearest_mode", "round_prefer_floor")
 
         def pick(*params: Any) -> Any:
-            return te.compute((axis.out,), lambda o: interpolation.clamp(
-                interpolation.nearest(coordinate(params, o), rounding), axis.size), "indices")
+            return te.compute(
+                (axis.out,),
+                lambda o: interpolation.clamp(interpolation.nearest(coordinate(params, o), rounding), axis.size),
+                "indices",
+            )
 
         index = site.emit(pick, *extra, name="resize_table", attributes=_OPAQUE)
 
         def gather(a: Any, i: Any) -> Any:
-            return te.compute(out_shape, lambda *at: a(*at[: axis.axis], i(at[axis.axis]), *at[axis.axis + 1 :]), "resize")
+            return te.compute(
+                out_shape, lambda *at: a(*at[: axis.axis], i(at[axis.axis]), *at[axis.axis + 1 :]), "resize"
+            )
 
         x = site.emit(gather, x, index, name="resize")
     else:
@@ -195,9 +198,18 @@ def _interpolate(
     a = float(site.attr("cubic_coeff_a", -0.75))
 
     def table(*params: Any) -> Any:
-        return list(interpolation.tables(
-            lambda o: coordinate(params, o), axis.out, axis.size, taps, mode, a=a,
-            shrink=None if shrink is None else shrink(params), exclude=exclude))
+        return list(
+            interpolation.tables(
+                lambda o: coordinate(params, o),
+                axis.out,
+                axis.size,
+                taps,
+                mode,
+                a=a,
+                shrink=None if shrink is None else shrink(params),
+                exclude=exclude,
+            )
+        )
 
     index, weight = site.emit(table, *extra, name="resize_table", attributes=_OPAQUE)
     dtype = str(x.ty.dtype)

@@ -199,10 +199,18 @@ def roi_align(site: Site) -> Any:
             with loop(out[1], height, width) as (c, ph, pw):
                 total, seen = variable("float32", 0.0), variable("bool", False)
                 with loop(counts[0][0], counts[1][0]) as at:
-                    terms = _bilinear(image, shape, owner[n].astype("int64"), c, [
-                        starts[i][0] + p.astype("float32") * bins[i][0]
-                        + (t.astype("float32") + real(0.5)) * bins[i][0] / counts[i][0].astype("float32")
-                        for i, (p, t) in enumerate(zip((ph, pw), at, strict=True))])
+                    terms = _bilinear(
+                        image,
+                        shape,
+                        owner[n].astype("int64"),
+                        c,
+                        [
+                            starts[i][0]
+                            + p.astype("float32") * bins[i][0]
+                            + (t.astype("float32") + real(0.5)) * bins[i][0] / counts[i][0].astype("float32")
+                            for i, (p, t) in enumerate(zip((ph, pw), at, strict=True))
+                        ],
+                    )
                     if average:
                         total[0] = total[0] + terms[0] + terms[1] + terms[2] + terms[3]
                     else:
@@ -214,7 +222,10 @@ def roi_align(site: Site) -> Any:
 
     return site.emit(
         lambda a, r, b: procedure([a, r, b], [(out, dtype)], lambda i, o: body(i, o), "roi_align"),
-        x, rois, batches, name="roi_align",
+        x,
+        rois,
+        batches,
+        name="roi_align",
     )
 
 
@@ -273,6 +284,4 @@ def max_roi_pool(site: Site) -> Any:
                 seen[0] = tirx.const(True, "bool")
             outs[0][n, c, ph, pw] = best[0]
 
-    return site.emit(
-        lambda a, r: procedure([a, r], [(out, dtype)], body, "max_roi_pool"), x, rois, name="max_roi_pool"
-    )
+    return site.emit(lambda a, r: procedure([a, r], [(out, dtype)], body, "max_roi_pool"), x, rois, name="max_roi_pool")

@@ -1,0 +1,99 @@
+"""The generic schedule and the naming of sizes: same numbers, expected structure, symbolic sizes included."""
+
+import numpy as np
+import pytest
+import tvm
+from tvm import s_tir, te, tirx, topi
+
+from optc.backends.cpu.target import resolve, to_tvm
+from optc.backends.kernels import generic
+from optc.backends.kernels.name_dims import name_dims
+from optc.backends.kernels.schedule import schedule_kernel
+
+TARGET = resolve("cpu")
+n = tirx.Var("n", "int64")
+
+
+def function(shapes, compute):
+    holders = [te.placeholder(shape, "float32", name=f"a{i}") for i, shape in enumerate(shapes)]
+    return te.create_prim_func([*holders, compute(*holders)], "int64")
+
+
+def softmax(x, axis=-1):
+    shifted = np.exp(x - x.max(axis, keepdims=True))
+    return shifted / shifted.sum(axis, keepdims=True)
+
+
+CASES = {
+    "element-wise": ([(n, 33), (33,)], lambda a, b: topi.tanh(topi.add(a, b)), lambda a, b: np.tanh(a + b)),
+    "vector": ([(16, 64)], lambda a: topi.exp(a), np.exp),
+    "rows": ([(n, 12, n * 2)], lambda a: topi.nn.softmax(a, axis=-1), softmax),
+    "columns": ([(5, 12, 64)], lambda a: topi.nn.softmax(a, axis=1), lambda a: softmax(a, 1)),
+    "contraction": (
+        [(n, 33), (33, 64)],
+        lambda a, b: topi.nn.relu(topi.matmul(a, b)),
+        lambda a, b: np.maximum(a @ b, 0),
+    ),
+    "reduction": ([(n, 4, 330)], lambda a: topi.sum(a, axis=(1, 2)), lambda a: a.sum((1, 2))),
+    "all": ([(n, 4, 33)], lambda a: topi.sum(a), lambda a: a.sum()),
+    "nothing": ([(n, 7)], lambda a: te.compute((n, 7), lambda i, j: a[i, j]), lambda a: a),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [1, 8, 19])
+def test_a_scheduled_kernel_computes_the_same(case, size):
+    shapes, compute, expected = CASES[case]
+    scheduled, rule, wanted = schedule_kernel(function(shapes, compute), TARGET)
+    assert (rule, wanted) == ("generic", None)
+    generator = np.random.default_rng(size)
+    concrete = [[size if d is n else size * 2 if not isinstance(d, int) else d for d in shape] for shape in shapes]
+    arrays = [generator.standard_normal(shape, np.float32) for shape in concrete]
+    reference = expected(*(a.astype(np.float64) for a in arrays))
+    output = tvm.runtime.tensor(np.full(np.shape(reference), np.nan, np.float32))
+    tvm.compile(scheduled, target=to_tvm(TARGET))["main"](*map(tvm.runtime.tensor, arrays), output)
+    np.testing.assert_allclose(output.numpy(), reference, rtol=2e-5, atol=2e-5)
+
+
+def kinds(function):
+    found = []
+
+    def visit(loop):
+        found.append(int(loop.kind))
+
+    import tvm_ffi
+
+    tvm_ffi.structural_walk(function.body, (tirx.For, visit))
+    return found
+
+
+def test_large_kernels_are_parallel_and_vectorized_and_small_ones_are_serial():
+    large, _ = generic.schedule(function([(1024, 64)], topi.exp), TARGET)
+    assert {tirx.ForKind.PARALLEL, tirx.ForKind.VECTORIZED} <= set(kinds(large))
+    small, _ = generic.schedule(function([(2, 64)], topi.exp), TARGET)
+    assert tirx.ForKind.PARALLEL not in kinds(small)
+
+
+def test_expensive_stages_are_not_repeated():
+    scheduled, _ = generic.schedule(function([(64, 64)], lambda a: topi.nn.softmax(a, axis=-1)), TARGET)
+    assert scheduled.script().count("T.exp(") == 1
+
+
+def test_compound_sizes_get_names_and_equal_kernels_are_merged():
+    deep = ((n - 1) // 2 + 1 - 1) // 2 + 1
+    other = (n - 1) // 16 + 1
+
+    def double(size):
+        holder = te.placeholder((size, 4), "float32", name="a")
+        result = te.compute((size, 4), lambda i, j: holder[size - 1 - i, j] * 2.0)
+        return s_tir.renew_defs(te.create_prim_func([holder, n, result], "int64"))
+
+    names = [tvm.ir.GlobalVar("first"), tvm.ir.GlobalVar("second")]
+    module = name_dims(tvm.IRModule(dict(zip(names, (double(deep), double(other)), strict=True))))
+    (kept,) = module.functions.values()
+    assert "//" not in kept.script()
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    output = tvm.runtime.tensor(np.zeros((3, 4), np.float32))
+    compiled = tvm.compile(kept.with_attr("global_symbol", "main"), target=to_tvm(TARGET))
+    compiled["main"](tvm.runtime.tensor(x), 9, output)
+    np.testing.assert_array_equal(output.numpy(), x[::-1] * 2)
