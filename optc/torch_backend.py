@@ -88,7 +88,7 @@ class _Compiled:
         )
 
 
-class _Wrapper(torch.nn.Module):  # type: ignore[misc] - torch is not type-checked
+class _Wrapper(torch.nn.Module):  # type: ignore[misc]
     """The FX graph as a module of its tensor inputs only: weights are buffers, sizes are read off the inputs."""
 
     def __init__(self, graph_module: torch.fx.GraphModule, plan: list[Any]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import onnx_ir as oir
 import tvm
+from tvm import relax, tirx
+
 from optc.backends.base import Build, Target
 from optc.backends.cpu import memory
 from optc.backends.cpu.link import link
@@ -19,7 +21,6 @@ from optc.backends.kernels.name_dims import name_dims
 from optc.backends.lowering import TABLE
 from optc.backends.lowering.expand import expand_functions
 from optc.backends.lowering.lower import Lowered, lower
-from tvm import relax, tirx
 
 Progress = Callable[[str], None]
 

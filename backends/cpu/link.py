@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from optc.backends.base import Target
-
 from optc.errors import MissingDependencyError, OptcError
 
 _FLAGS = ["-shared", "-fPIC", "-nostdlib", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,--strip-debug"]

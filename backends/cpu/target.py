@@ -11,10 +11,10 @@ import os
 from functools import cache
 from typing import Any
 
-from optc.backends.base import Target
 from tvm.target import Target as TvmTarget
 from tvm.target import codegen
 
+from optc.backends.base import Target
 from optc.errors import UsageError
 
 X86_TRIPLE = "x86_64-linux-gnu"

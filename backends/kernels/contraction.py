@@ -35,8 +35,8 @@ def accumulator(dtype: str) -> str:
 def annotate(rows: Sequence[int], columns: Sequence[int], padded: str = "") -> dict[str, Any]:
     """Return the block annotations of a contraction.
 
-    ``rows`` and ``columns`` are positions of spatial axes, each a run of neighbours; the other axes are batch. ``padded``
-    names the operand ("rows" or "columns") whose packed blocks may be read beyond its last axis.
+    ``rows`` and ``columns`` are positions of spatial axes, each a run of neighbours; the other axes are batch.
+    ``padded`` names the operand ("rows" or "columns") whose packed blocks may be read beyond its last axis.
     """
     return {
         "optc.template": TEMPLATE,

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import s_tir, tirx
+
 from optc.backends.base import Target
 from optc.backends.kernels import generic
 from optc.backends.kernels.templates import TEMPLATES
-from tvm import s_tir, tirx
 
 TEMPLATE = "optc.template"
 

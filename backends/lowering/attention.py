@@ -40,7 +40,8 @@ def _heads(site: Site, index: int, count: str) -> Heads:
     x = site.tensor(index)
     shape = shape_of(x)
     if len(shape) == 4:
-        return Heads(x, *shape, packed=False)
+        batch, count_, length, size = shape
+        return Heads(x, batch, count_, length, size, False)
     heads = site.attr(count)
     if not heads:
         site.unsupported(f"inputs of rank 3 need the attribute {count}")

@@ -327,7 +327,7 @@ def range_(site: Site) -> Any:
     """Range-11; its length is a symbolic expression, or read from the operands at run time."""
     dtype = site.output_dtype()
     fixed = [site.constant(k) for k in range(3)]
-    known = [None if f is None else f.reshape(-1)[0].item() for f in fixed]
+    known: list[Any] = [None if f is None else f.reshape(-1)[0].item() for f in fixed]
     if all(k is not None for k in known):
         start, limit, delta = (k for k in known)
         length: Any = max(0, int(np.ceil((limit - start) / delta)))

@@ -41,7 +41,7 @@ def loop(site: Site) -> Any:
     condition = site.constant(1) if site.has(1) else np.array(True)
     if condition is not None and not condition.reshape(-1)[0]:
         return _no_iterations(site, body, carried)
-    trips = site.constant(0) if site.has(0) else None
+    trips: Any = site.constant(0) if site.has(0) else None
     small = trips is not None and int(trips.reshape(-1)[0]) <= UNROLL_LIMIT
     if small and condition is not None and _goes_on(body):
         return _unroll(site, body, carried, max(0, int(trips.reshape(-1)[0])))
@@ -50,7 +50,7 @@ def loop(site: Site) -> Any:
 
 def _goes_on(body: oir.Graph) -> bool:
     """Tell whether the condition that ``body`` gives is the one it got, or always true."""
-    value = body.outputs[0]
+    value: Any = body.outputs[0]
     while (node := value.producer()) is not None and node.op_type == "Identity":
         (value,) = node.inputs
     if value is body.inputs[1]:
@@ -238,7 +238,7 @@ class _Plan:
 
     def run(self, limit: Any, start: Any) -> list[Any]:
         """Emit the function and the call of it; returns the final carried tensors and the joined outputs."""
-        site, builder = self.site, self.site.lowerer.builder
+        site = self.site
         shapes = [shape_of(t) for t in self.carried]
         while True:
             # Sizes that an iteration changes are open; the first try finds out which these are.

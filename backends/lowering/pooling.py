@@ -54,7 +54,7 @@ def max_pool(site: Site) -> Any:
             plane = (n * shape[1] + c) * _count(sizes)
             if not column_major:
                 return plane + at
-            coordinates = []
+            coordinates: list[Any] = []
             for size in reversed(sizes):
                 coordinates.insert(0, tirx.indexmod(at, as_index(size)))
                 at = tirx.indexdiv(at, as_index(size))
@@ -170,7 +170,7 @@ def max_unpool(site: Site) -> Any:
             with loop(*shape) as where:
                 position = positions[where]
                 inside = tirx.indexmod(position, as_index(plane))
-                coordinates = []
+                coordinates: list[Any] = []
                 for size in reversed(natural):
                     coordinates.insert(0, tirx.indexmod(inside, as_index(size)))
                     inside = tirx.indexdiv(inside, as_index(size))

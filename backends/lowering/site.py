@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import onnx_ir as oir
@@ -93,7 +93,7 @@ class Site:
         """Return TVM's name of the element type that the IR gives output ``index``."""
         return self.lowerer.dtype(self.node.outputs[index])
 
-    def constant(self, index: int) -> np.ndarray | None:
+    def constant(self, index: int) -> Any:
         """Return the array of input ``index`` if it is known while compiling, else None (also when absent)."""
         if not self.has(index):
             return None
@@ -164,7 +164,7 @@ class Site:
         dims = [emission.as_index(d) for d in shape]
         return self.lowerer.builder.match_cast(tensor, relax.TensorType(dims, tensor.ty.dtype))
 
-    def unsupported(self, reason: str) -> Any:
+    def unsupported(self, reason: str) -> NoReturn:
         """Refuse this node; every refused node of the model is reported in one error before anything is built."""
         raise Unsupported(reason)
 

@@ -124,7 +124,7 @@ def deform_conv(site: Site) -> Any:
 
         def element(n: Any, c: Any, q: Any, *at: Any) -> Any:
             group = c // (shape[1] // shifted)
-            rest, steps = q, []
+            rest, steps = q, list[Any]()
             for extent in reversed(kernel):
                 steps.insert(0, rest % extent)
                 rest = rest // extent
