@@ -203,12 +203,13 @@ class Lowerer:
 
     def define(self, value: oir.Value, known: Known) -> None:
         """Let ``value`` be what is ``known``."""
-        for table, entry in (
+        entries: list[tuple[dict[oir.Value, Any], Any]] = [
             (self.tensors, known.tensor),
             (self.integers, known.integers),
             (self.constants, known.constant),
             (self.sequences, known.sequence),
-        ):
+        ]
+        for table, entry in entries:
             table.pop(value, None)
             if entry is not None:
                 table[value] = entry
@@ -397,7 +398,8 @@ class Lowerer:
 
     def reshape(self, tensor: Any, shape: Sequence[Any]) -> Any:
         """Return a view of ``tensor`` with another shape."""
-        return self.builder.emit(relax.op.reshape(tensor, [emission.as_index(d) for d in shape]))
+        # In a list, Relax would take a 0 for "as before".
+        return self.builder.emit(relax.op.reshape(tensor, relax.ShapeExpr([emission.as_index(d) for d in shape])))
 
     def is_read(self, value: Any) -> bool:
         """Tell whether ``value`` involves an element read at run time by ``elements``."""

@@ -119,9 +119,7 @@ class Site:
         The compute may close over any symbolic dimension. ``name`` (default: the operator's) names the kernel.
         """
         hint = (name or self.op).lower()
-        return emission.emit(
-            self.lowerer.builder, compute, tensors, hint, self.lowerer.symbols, attributes or {}
-        )
+        return emission.emit(self.lowerer.builder, compute, tensors, hint, self.lowerer.symbols, attributes or {})
 
     def reshape(self, tensor: Any, shape: Sequence[Any]) -> Any:
         """Return a view of ``tensor`` with another shape (no data moves)."""

@@ -238,10 +238,7 @@ def test_non_max_suppression(check):
         limits = [(5, 0.3, 0.2), (100, 0.5, 0.0), (0, 0.5, 0.5), (3, 0.1, 2.0)]
         check(
             text,
-            *(
-                (boxes, scores, np.array([m]), np.array([o], "f4"), np.array([t], "f4"))
-                for m, o, t in limits
-            ),
+            *((boxes, scores, np.array([m]), np.array([o], "f4"), np.array([t], "f4")) for m, o, t in limits),
         )
 
 
