@@ -136,7 +136,10 @@ def _lift_constants(model: oir.Model) -> None:
             continue
         graph = node.graph
         constant = oir.Value(
-            name=output.name, type=oir.TensorType(tensor.dtype), shape=oir.Shape(tensor.shape), const_value=tensor
+            name=output.name,
+            type=oir.TensorType(tensor.dtype),
+            shape=oir.Shape(tensor.numpy().shape),
+            const_value=tensor,
         )
         output.name = None
         output.replace_all_uses_with(constant)
