@@ -21,12 +21,15 @@ def real(value: float) -> Any:
 
 @dataclass(frozen=True)
 class Mapping:
-    """How output positions of one axis map to the input. ``size`` and ``out`` are the extents."""
+    """How output positions of one axis map to the input. ``size`` and ``out`` are the extents.
+
+    ``exact`` tells that the scale is ``out / size``: then no rounded scale moves a coordinate off a pixel's edge.
+    """
 
     mode: str
     size: Any
     out: Any
-    roi: bool = False
+    exact: bool
 
     def coordinate(self, i: Any, scale: Any, start: Any = None, end: Any = None) -> Any:
         """Return the input coordinate of output position ``i`` (integers in, float32 out)."""
@@ -37,18 +40,23 @@ class Mapping:
             step = x * (n - real(1)) / tirx.Select(one, real(1), width - real(1))
             return tirx.Select(one, real(0), step)
         if self.mode == "asymmetric":
-            return x / scale
+            return self._shrink(x, scale)
         if self.mode == "tf_crop_and_resize":
             span = (end - start) * (n - real(1))
             step = x * span / tirx.Select(one, real(1), width - real(1))
             return tirx.Select(one, span / real(2), step) + start * (n - real(1))
-        half = (x + real(0.5)) / scale - real(0.5)
+        half = self._shrink(x + real(0.5), scale) - real(0.5)
         if self.mode == "pytorch_half_pixel":
             return tirx.Select(one, real(-0.5), half)
         if self.mode == "half_pixel_symmetric":
             adjustment = as_index(self.out).astype("float32") / width
             return n / real(2) * (real(1) - adjustment) + half
         return half
+
+    def _shrink(self, x: Any, scale: Any) -> Any:
+        if not self.exact:
+            return x / scale
+        return x * as_index(self.size).astype("float32") / as_index(self.out).astype("float32")
 
 
 def nearest(x: Any, rounding: str) -> Any:

@@ -14,7 +14,7 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
-_COMPOUND = (tirx.Add, tirx.Sub, tirx.Mul, tirx.FloorDiv, tirx.FloorMod, tirx.Max, tirx.Min)
+_COMPOUND = (tirx.Add, tirx.Sub, tirx.Mul, tirx.FloorDiv, tirx.FloorMod, tirx.Max, tirx.Min, tirx.Select)
 
 
 def name_dims(module: Any) -> Any:
@@ -73,7 +73,7 @@ def _compound_dims(function: Any) -> list[tuple[Any, Any]]:
     dims: list[tuple[Any, Any]] = []
     for parameter in function.params:
         for dim in getattr(parameter.ty, "shape", ()):
-            known = isinstance(dim, tvm.ir.Var | tirx.IntImm)
-            if not known and not any(tvm_ffi.structural_equal(dim, other) for other, _ in dims):
+            named = isinstance(dim, _COMPOUND)
+            if named and not any(tvm_ffi.structural_equal(dim, other) for other, _ in dims):
                 dims.append((dim, tirx.Var(f"size_{len(dims)}", "int64")))
     return dims

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tvm import relax
 
 from optc.backends.lowering.emit import as_index, plain
+from optc.backends.lowering.lower import Poisoned
 from optc.backends.lowering.site import Site
 from optc.backends.lowering.table import Table
 
@@ -24,10 +26,19 @@ def if_(site: Site) -> Any:
         lowerer.graph(branch)
         return [lowerer.known(value) for value in branch.outputs]
     condition = site.reshape(site.tensor(0), [])
-    first, first_types = lowerer.outline("then_branch", lambda: lowerer.subgraph(then))
-    second, second_types = lowerer.outline("else_branch", lambda: lowerer.subgraph(otherwise))
-    expected = [_joined(site, a, b) for a, b in zip(first_types, second_types, strict=True)]
-    result = lowerer.builder.emit(relax.If(condition, first([]), second([])))
+    calls, types, refused = [], [], []
+    for name, graph in (("then_branch", then), ("else_branch", otherwise)):
+        try:
+            call, results = lowerer.outline(name, partial(lowerer.subgraph, graph))
+            calls.append(call([]))
+            types.append(results)
+        except Poisoned as poisoned:
+            # Go on, to name what the other branch has.
+            refused.append(poisoned)
+    if refused:
+        raise refused[0]
+    expected = [_joined(site, a, b) for a, b in zip(*types, strict=True)]
+    result = lowerer.builder.emit(relax.If(condition, *calls))
     return [lowerer.builder.match_cast(relax.TupleGetItem(result, i), type_) for i, type_ in enumerate(expected)]
 
 

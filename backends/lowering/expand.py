@@ -63,8 +63,38 @@ def _function(model: oir.Model, node: oir.Node, number: int, names: set[str]) ->
         inner.version = None
         for value in inner.outputs:
             value.name = _unique(f"{node.name}.{value.name}", names)
+    _absorb_subgraphs(node, function)
     node.domain, node.op_type, node.version = _DOMAIN, proto.name, None
     return function
+
+
+def _absorb_subgraphs(node: oir.Node, function: oir.Function) -> None:
+    """Drop the subgraphs of ``node``, which a body made for it contains; what they captured becomes inputs."""
+    graphs = [a for a in node.attributes.values() if a.type == oir.AttributeType.GRAPH]
+    outer = {
+        str(value.name): value
+        for attribute in graphs
+        for inner in attribute.as_graph().all_nodes()
+        for value in inner.inputs
+        if value is not None and value.graph is not attribute.as_graph()
+    }
+    for attribute in graphs:
+        del node.attributes[attribute.name]
+    parameters: dict[str, oir.Value] = {}
+    first = len(function.inputs)
+    for inner in function.all_nodes():
+        for index, value in enumerate(inner.inputs):
+            unbound = value is not None and value.producer() is None and not value.is_graph_input()
+            if value is None or not unbound or value.name not in outer:
+                continue
+            if value.name not in parameters:
+                parameters[str(value.name)] = oir.Value(name=value.name)
+                function.inputs.append(parameters[str(value.name)])
+            inner.replace_input_with(index, parameters[str(value.name)])
+    if parameters:
+        node.resize_inputs(first + len(parameters))
+        for index, name in enumerate(parameters):
+            node.replace_input_with(first + index, outer[name])
 
 
 def _unique(stem: str, names: set[str]) -> str:
@@ -119,7 +149,8 @@ def _compatible(proto: onnx.FunctionProto, model: oir.Model) -> bool:
         if node.domain not in model.opset_imports:
             return False
         ours = onnx.defs.get_schema(node.op_type, model.opset_imports[node.domain], node.domain)
-        theirs = onnx.defs.get_schema(node.op_type, versions[node.domain], node.domain)
+        version = versions.get(node.domain, model.opset_imports[node.domain])
+        theirs = onnx.defs.get_schema(node.op_type, version, node.domain)
         attributes = {a.name for a in node.attribute}
         if not attributes <= set(ours.attributes) or len(ours.inputs) < len(theirs.inputs):
             return False

@@ -50,7 +50,7 @@ _DTYPES = {
 }
 
 
-class _Poisoned(Unsupported):
+class Poisoned(Unsupported):
     """A value that no node gives because one before it was refused: not a refusal of its own."""
 
 
@@ -227,7 +227,7 @@ class Lowerer:
             if function is None:
                 raise Unsupported("the operator is not supported")
             results = outputs(function(Site(self, node)))
-        except _Poisoned:
+        except Poisoned:
             self.poisoned.update(node.outputs)
             return
         except Unsupported as refusal:
@@ -313,7 +313,7 @@ class Lowerer:
             self.dtype(value)
             self.tensors[value] = self._inline_or_weight(array, value)
         elif value in self.poisoned:
-            raise _Poisoned
+            raise Poisoned
         else:
             raise Unsupported(f"value '{value.name}' of type {value.type} is no tensor that is known here")
         return self.tensors[value]
@@ -398,8 +398,14 @@ class Lowerer:
 
     def reshape(self, tensor: Any, shape: Sequence[Any]) -> Any:
         """Return a view of ``tensor`` with another shape."""
-        # In a list, Relax would take a 0 for "as before".
-        return self.builder.emit(relax.op.reshape(tensor, relax.ShapeExpr([emission.as_index(d) for d in shape])))
+        dims = [emission.as_index(d) for d in shape]
+        if any(isinstance(d, int) and d == 0 for d in shape):
+            # Relax takes the number 0 for "as before".
+            zero = tirx.const(0, tensor.ty.dtype)
+            return emission.emit(
+                self.builder, lambda: te.compute(dims, lambda *_: zero, "empty"), [], "empty", self.symbols
+            )
+        return self.builder.emit(relax.op.reshape(tensor, dims))
 
     def is_read(self, value: Any) -> bool:
         """Tell whether ``value`` involves an element read at run time by ``elements``."""

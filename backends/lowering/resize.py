@@ -139,7 +139,8 @@ def _resize_axis(site: Site, x: Any, axis: Axis, mode: str, transform: str, scal
     shape = shape_of(x)
     out_shape = [*shape[: axis.axis], axis.out, *shape[axis.axis + 1 :]]
     crop = transform == "tf_crop_and_resize"
-    mapping = Mapping(transform, axis.size, axis.out)
+    exact = site.has(3) and _text(site, "keep_aspect_ratio_policy", "stretch") == "stretch"
+    mapping = Mapping(transform, axis.size, axis.out, exact)
     extra = ([scales] if axis.scale is None else []) + ([site.tensor(1)] if crop else [])
 
     def coordinate(params: Sequence[Any], o: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm import te, tirx
 
+from optc.backends.kernels import vector_math as vm
 from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
 from optc.backends.lowering.emit import as_index, shape_of
@@ -92,10 +93,12 @@ def top_k(site: Site) -> Any:
 def _before(a: Any, b: Any, largest: bool, dtype: str) -> Any:
     if dtype == "bool":
         a, b = a.astype("int8"), b.astype("int8")
-    ahead = a > b if largest else a < b
     if not dtype.startswith(("float", "bfloat")):
-        return ahead
-    a_nan, b_nan = a != a, b != b
+        return a > b if largest else a < b
+    if dtype in ("float16", "bfloat16"):
+        a, b = vm.convert(a, "float32"), vm.convert(b, "float32")
+    ahead = a > b if largest else a < b
+    a_nan, b_nan = tirx.isnan(a), tirx.isnan(b)
     if largest:
         return tirx.all(tirx.Not(b_nan), tirx.any(a_nan, ahead))
     return tirx.all(tirx.Not(a_nan), tirx.any(b_nan, ahead))

@@ -139,6 +139,7 @@ def _compile(
 
 
 def _show(console: Any, summary: dict[str, Any], artifact: Any) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in summary["seconds"].items())
@@ -149,8 +150,8 @@ def _show(console: Any, summary: dict[str, Any], artifact: Any) -> None:
         rules[kernel["schedule"]] = rules.get(kernel["schedule"], 0) + 1
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("artifact", f"{summary['artifact']} ({summary['bytes'] / 1e6:.1f} MB)")
-    table.add_row("inputs", ", ".join(map(str, artifact.manifest.inputs)))
-    table.add_row("outputs", ", ".join(map(str, artifact.manifest.outputs)))
+    table.add_row("inputs", escape(", ".join(map(str, artifact.manifest.inputs))))
+    table.add_row("outputs", escape(", ".join(map(str, artifact.manifest.outputs))))
     table.add_row("kernels", f"{len(kernels)} (" + ", ".join(f"{n} {rule}" for rule, n in sorted(rules.items())) + ")")
     table.add_row("time", seconds)
     verification = report["verification"]

@@ -137,10 +137,11 @@ def _runs() -> Finding:
 
 def _show(findings: list[Finding]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else ("[red]wrong[/]" if finding.required else "[yellow]no[/]")
-        table.add_row(mark, finding.what, finding.found, "" if finding.ok else finding.fix)
+        table.add_row(mark, finding.what, escape(finding.found), "" if finding.ok else escape(finding.fix))
     Console().print(table)

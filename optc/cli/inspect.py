@@ -53,6 +53,7 @@ def _artifact(path: Path, as_json: bool) -> None:
 
 def _show(path: Path, manifest: Any, report: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=str(path), title_justify="left")
@@ -60,7 +61,7 @@ def _show(path: Path, manifest: Any, report: dict[str, Any]) -> None:
     table.add_row("target", f"{manifest.target.triple}, {manifest.target.cpu}")
     for what, tensors in (("input", manifest.inputs), ("output", manifest.outputs)):
         for tensor in tensors:
-            table.add_row(what, str(tensor))
+            table.add_row(what, escape(str(tensor)))
     weights = sum(w.nbytes for w in manifest.weights)
     table.add_row("weights", f"{len(manifest.weights)} tensors, {weights / 1e6:.2f} MB")
     planned = manifest.memory.get("activations")
@@ -74,7 +75,7 @@ def _show(path: Path, manifest: Any, report: dict[str, Any]) -> None:
     table.add_row("kernels", ", ".join(f"{count} {rule}" for rule, count in sorted(rules.items())))
     table.add_row("tuning", str(report.get("tuning", "")))
     for key, value in sorted(manifest.metadata.items()):
-        table.add_row("metadata", f"{key}: {value if len(value) < 80 else value[:77] + '...'!r}")
+        table.add_row("metadata", escape(f"{key}: {value if len(value) < 80 else value[:77] + '...'!r}"))
     verification = report.get("verification")
     if isinstance(verification, dict):
         for output in verification["outputs"]:

@@ -30,11 +30,12 @@ def command(as_json: bool) -> None:
         print_json(rows)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="targets (examples; any CPU of LLVM's can be named)")
     for header in ("name", "triple", "CPU", "vector", "linked by"):
         table.add_column(header)
     for row in rows:
-        table.add_row(row["name"], row["triple"], row["cpu"], f"{row['vector_bits']} bit", row["linker"])
+        table.add_row(row["name"], row["triple"], row["cpu"], f"{row['vector_bits']} bit", escape(row["linker"]))
     Console().print(table)

@@ -1,0 +1,193 @@
+"""If, Loop, Scan and sequences against onnxruntime."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime as ort
+import pytest
+
+from optc.backends.lowering import TABLE
+from optc.backends.lowering.lower import lower
+from optc.errors import UnsupportedModelError
+from optc.frontend.onnx import load
+
+X = np.arange(24, dtype="f4").reshape(2, 3, 4)
+TRUE, FALSE = np.array(True), np.array(False)
+
+
+def parse(text: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 21]>' + text.replace("'", '"'))
+
+
+@pytest.fixture
+def check(compile_model):
+    def check_(text, *feeds):
+        model = parse(text)
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        session = ort.InferenceSession(model.SerializeToString(), options)
+        run = compile_model(model)
+        for feed in feeds:
+            names = [i.name for i in session.get_inputs()]
+            for a, b in zip(run(*feed), session.run(None, dict(zip(names, feed, strict=True))), strict=True):
+                assert a.dtype == b.dtype
+                np.testing.assert_allclose(a, b, rtol=1e-6)
+
+    return check_
+
+
+def test_if_with_branches_of_different_shapes_and_two_outputs(check):
+    text = """g (float[a, b, 4] x, bool c) => (float[p, q, r] y, float[a, b, 4] w) {
+        z = Add(x, x)
+        y, w = If(c) <
+            then_branch = t () => (float[a1, b, 4] u, float[a, b, 4] v) { u = Concat<axis = 0>(z, x) v = Mul(z, z) },
+            else_branch = e () => (float[a, b, 4] u2, float[a, b, 4] v2) { u2 = Mul(x, z) v2 = Add(z, x) }> }"""
+    check(text, (X, TRUE), (X, FALSE), (X[:1], TRUE))
+
+
+def test_nested_if_with_a_size_known_only_inside(check):
+    text = """g (float[a, b, 4] x, bool c, bool d) => (float[p, q, r] y) {
+        axis = Constant<value_ints = [0]>() z = Add(x, x)
+        y = If(c) <
+            then_branch = t () => (float[a1, b, 4] u) {
+                u = If(d) <
+                    then_branch = t2 () => (float[p1, q1, r1] u3) {
+                        k = NonZero(z) f = Cast<to = 1>(k) u3 = Unsqueeze(f, axis) },
+                    else_branch = e2 () => (float[a, b, 4] u4) { u4 = Add(x, z) }> },
+            else_branch = e () => (float[a, b, 4] u2) { u2 = Mul(x, z) }> }"""
+    check(text, (X, TRUE, TRUE), (X, TRUE, FALSE), (X, FALSE, TRUE))
+
+
+def test_each_branch_has_memory_of_its_own(check):
+    text = """g (float[a, b, 4] x, bool c) => (float[a, b, 4] y) {
+        y = If(c) <
+            then_branch = t () => (float[a, b, 4] u) { r = Sin(x) s = Transpose(r) q = Transpose(s) u = Cos(q) },
+            else_branch = e () => (float[a, b, 4] v) { z = Cos(x) w = Transpose(z) k = Transpose(w) v = Sin(k) }> }"""
+    check(text, (X, TRUE), (X, FALSE))
+
+
+def test_what_a_branch_learns_stays_inside(check):
+    # `n` is read as integers in one branch only; the other branch and the code after it must read it again.
+    text = """g (float[a, 4] x, int64[2] n, bool c) => (float[p, q] y, float[r, s] z) {
+        y = If(c) <
+            then_branch = t () => (float[p1, q1] u) { u = Reshape(x, n) },
+            else_branch = e () => (float[p2, q2] v) { k = Reshape(x, n) v = Neg(k) }>
+        z = Reshape(x, n) }"""
+    check(text, (X[0], np.array([2, 6]), TRUE), (X[0], np.array([-1, 3]), FALSE))
+
+
+def test_a_known_condition_lowers_one_branch():
+    text = """g (float[a, b, 4] x) => (float[p, q, r] y) {
+        s = Shape(x) two = Constant<value_int = 2>() four = Constant<value_int = 4>()
+        k = Gather(s, two) c = Equal(k, four)
+        y = If(c) <then_branch = t () => (float[a, b, 4] u) { u = Mul(x, x) },
+                   else_branch = e () => (float[a, b, 4] v) { v = StringNormalizer(x) }> }"""
+    module = lower(load(parse(text.replace("StringNormalizer", "Erf"))), TABLE).module
+    assert "R.call_tir" in module.script()
+    assert " if " not in module.script()
+    assert "erf" not in module.script()
+
+
+def test_branches_of_different_rank_are_refused(compile_model):
+    text = """g (float[a, b] x, bool c) => (float y) {
+        k = Constant<value_ints = [-1]>()
+        y = If(c) <then_branch = t () => (float[a, b] u) { u = Neg(x) },
+                   else_branch = e () => (float[n] v) { v = Reshape(x, k) }> }"""
+    with pytest.raises(UnsupportedModelError, match="different rank"):
+        compile_model(parse(text))
+
+
+def test_every_refused_node_of_a_branch_is_named(compile_model):
+    text = """g (float[a, b] x, bool c) => (float y) {
+        y = If(c) <then_branch = t () => (float[a, b] u) { s = RandomNormalLike(x) u = Neg(s) },
+                   else_branch = e () => (float[a, b] v) { v = RandomUniformLike(x) }> }"""
+    with pytest.raises(UnsupportedModelError) as caught:
+        compile_model(parse(text))
+    assert "RandomNormalLike" in str(caught.value)
+    assert "RandomUniformLike" in str(caught.value)
+    assert "2 node(s)" in str(caught.value)
+
+
+LOOP = """g (float[a, 4] x{parameters}) => (float[a, 4] y, float[k, 4] z) {{
+    five = Constant<value_int = 5>() zero = Constant<value_ints = [0]>() {before}
+    y, z = Loop<body = b (int64 i, bool ci, float[a, 4] s) => (bool co, float[a, 4] so, float[4] o) {{
+        {condition} so = Add(s, x) o1 = ReduceSum<keepdims = 0>(so, zero) f = Cast<to = 1>(i) o = Add(o1, f) }}>
+        (n, , x) }}"""
+
+
+@pytest.mark.parametrize("trips", [1, 3, 0])
+def test_loop_unrolled(check, trips):
+    before = f"n = Constant<value_int = {trips}>()"
+    if trips == 0:
+        pytest.skip("onnxruntime gives the scan output another shape")
+    check(LOOP.format(parameters="", before=before, condition="co = Identity(ci)"), (X[0],))
+
+
+def test_loop_with_limit_and_condition_at_run_time(check):
+    text = LOOP.format(parameters=", int64 n", before="", condition="co = Less(i, five)")
+    check(text, *((X[0], np.array(n)) for n in (0, 1, 3, 100)))
+
+
+def test_loop_over_more_iterations_than_one_level_has(compile_model):
+    text = LOOP.format(parameters=", int64 n", before="", condition="co = Identity(ci)")
+    y, z = compile_model(parse(text))(X[0], np.array(5000))
+    assert z.shape == (5000, 4)
+    np.testing.assert_allclose(y, X[0] * 5001, rtol=1e-4)
+
+
+def test_loop_whose_state_grows(check):
+    text = """g (float[a, 4] x, int64 n) => (float[k, 4] y) {
+        y = Loop<body = b (int64 i, bool ci, float[p, 4] s) => (bool co, float[q, 4] so) {
+            co = Identity(ci) so = Concat<axis = 0>(s, x) }>(n, , x) }"""
+    check(text, (X[0], np.array(3)), (X[0], np.array(0)))
+
+
+def test_while_loop(check):
+    text = """g (float[a, 4] x, bool c) => (float[a, 4] y) {
+        limit = Constant<value_float = 100.0>()
+        y = Loop<body = b (int64 i, bool ci, float[a, 4] s) => (bool co, float[a, 4] so) {
+            so = Add(s, s) m = ReduceMax<keepdims = 0>(so) co = Less(m, limit) }>(, c, x) }"""
+    check(text, (X[0], TRUE), (X[0], FALSE))
+
+
+def test_if_inside_of_a_loop(check):
+    text = """g (float[a, 4] x, int64 n) => (float[a, 4] y) {
+        two = Constant<value_int = 2>()
+        y = Loop<body = b (int64 i, bool ci, float[a, 4] s) => (bool co, float[a, 4] so) {
+            co = Identity(ci) k = Less(i, two)
+            so = If(k) <then_branch = t () => (float[a, 4] u) { u = Add(s, x) },
+                        else_branch = e () => (float[a, 4] v) { v = Sub(s, two_f) }> }>(n, , x) }"""
+    text = text.replace("two = ", "two_f = Constant<value_float = 2.0>() two = ", 1)
+    check(text, (X[0], np.array(4)))
+
+
+@pytest.mark.parametrize("steps", ["t", "5"])
+def test_scan(check, steps):
+    for extra in ("", ", scan_input_directions = [1], scan_output_directions = [1]", ", scan_output_axes = [1]"):
+        text = f"""g (float[4] h, float[{steps}, 4] x) => (float[4] y, float[p, q] z) {{
+            y, z = Scan<num_scan_inputs = 1{extra}, body = b (float[4] s, float[4] e) => (float[4] so, float[4] o) {{
+                so = Add(s, e) o = Mul(so, e) }}>(h, x) }}"""
+        x = np.random.default_rng(0).normal(size=(5, 4)).astype("f4")
+        feeds = [(X[0, 0], x)] + ([(X[0, 0], x[:1])] if steps == "t" else [])
+        check(text, *feeds)
+
+
+def test_sequences_of_known_structure(check):
+    text = """g (float[a, 4] x) => (float[p, q] y, int64 n, float[r, s, t] z) {
+        one = Constant<value_int = 1>() parts = Constant<value_ints = [1, 2]>()
+        s = SequenceConstruct(x, x) e = Neg(x) s2 = SequenceInsert(s, e, one) s3 = SequenceErase(s2)
+        n = SequenceLength(s3) y = ConcatFromSequence<axis = 1>(s2)
+        z = ConcatFromSequence<axis = 0, new_axis = 1>(s3) }"""
+    check(text, (X[0],))
+    text = """g (float[3, 4] x) => (float[p, q] y) {
+        one = Constant<value_int = 1>() parts = Constant<value_ints = [1, 2]>()
+        s = SplitToSequence<axis = 0>(x, parts) y = SequenceAt(s, one) }"""
+    check(text, (X[0],))
+
+
+def test_a_sequence_at_the_border_is_refused(compile_model):
+    text = "g (float[a, 4] x) => (seq(float[a, 4]) y) { y = SequenceConstruct(x, x) }"
+    with pytest.raises(UnsupportedModelError, match="cannot be an output"):
+        compile_model(parse(text))
