@@ -34,13 +34,13 @@ def expected(q, k, v, *, mask=None, causal=False, past=0, scale=None, cap=0.0, l
     return (weights / np.where(total == 0, 1, total)) @ v
 
 
-def attention(make_model, inputs, outputs=("y",), symbolic=(), opset=24, **attributes):
+def attention(make_model, inputs, outputs=("y",), symbolic=None, opset=24, **attributes):
     names = ["q", "k", "v", "mask", "past_key", "past_value", "lengths"]
     used = [n if n in inputs else "" for n in names]
     while not used[-1]:
         used.pop()
     node = helper.make_node("Attention", used, list(outputs), **attributes)
-    given = {n: (a.dtype, symbolic[n] if n in symbolic else a.shape) for n, a in inputs.items()}
+    given = {n: (a.dtype, symbolic.get(n, a.shape)) for n, a in inputs.items()}
     return make_model([node], given, {o: F for o in outputs if o}, opset=opset)
 
 
