@@ -272,7 +272,6 @@ def test_profile_names_the_kernels(model):
     assert {"matmul", "add", "positive"} <= times.keys()
     assert times["matmul"].calls == 1
     assert times["matmul"].seconds > 0
-    assert max(times.values(), key=lambda t: t.seconds).name == "matmul"
 
 
 def test_error_in_the_code_names_the_inputs(affine):
