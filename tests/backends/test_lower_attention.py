@@ -40,7 +40,7 @@ def attention(make_model, inputs, outputs=("y",), symbolic=None, opset=24, **att
     while not used[-1]:
         used.pop()
     node = helper.make_node("Attention", used, list(outputs), **attributes)
-    given = {n: (a.dtype, symbolic.get(n, a.shape)) for n, a in inputs.items()}
+    given = {n: (a.dtype, (symbolic or {}).get(n, a.shape)) for n, a in inputs.items()}
     return make_model([node], given, {o: F for o in outputs if o}, opset=opset)
 
 
