@@ -47,13 +47,13 @@ CASES = {
 def inputs_for(model: object, original: object, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     from optc import sample, verification
 
-    limits = verification.integer_limits(original)
+    choices = verification.integer_choices(original)
     dims = {}
     for spec in model.inputs:
         for dim, size in zip(spec.shape, shapes.get(spec.name, ()), strict=False):
             if isinstance(dim, str):
                 dims[dim] = size
-    return sample.random_inputs(model.inputs, dims=dims, integer_limits=limits)
+    return sample.random_inputs(model.inputs, dims=dims, integers=choices)
 
 
 def measure(name: str, seconds: float) -> dict[str, object]:

@@ -7,17 +7,24 @@ from collections.abc import Callable, Iterable
 import onnx_ir as oir
 from onnx_shape_inference import ShapeInferenceContext
 
+from optc.errors import OptcError
 from optc.ir.dims import Dim
 
-Walk = Callable[[oir.Graph], None]
+Walk = Callable[[oir.Graph], OptcError | None]
+"""Infers the shapes of a subgraph; returns the error that makes it impossible to run, if there is one."""
 
 
 def _if(context: ShapeInferenceContext, node: oir.Node, walk: Walk) -> None:
-    """If-1: a dimension is known where both branches agree on it, a shape where they agree on the rank."""
+    """If-1: a dimension is known where both branches agree on it, a shape where they agree on the rank.
+
+    A branch that cannot run at these sizes has no say.
+    """
     branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
-    for branch in branches:
-        walk(branch)
-    for output, first, second in zip(node.outputs, *(b.outputs for b in branches), strict=True):
+    errors = [walk(branch) for branch in branches]
+    if all(errors):
+        raise next(error for error in errors if error is not None)
+    possible = [branch for branch, error in zip(branches, errors, strict=True) if error is None]
+    for output, first, second in zip(node.outputs, possible[0].outputs, possible[-1].outputs, strict=True):
         _set_type(output, first.type or second.type)
         shape = _merge(context, first.shape, second.shape)
         if shape is not None:
@@ -106,7 +113,9 @@ def _iterate(
         for node in body.all_nodes():
             for value in node.outputs:
                 value.shape = None  # what held for the first iteration must not be trusted for all
-        walk(body)
+        error = walk(body)
+        if error is not None:
+            raise error
         stable = True
         for _, formal, result in carried:
             if formal.shape is None:

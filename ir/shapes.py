@@ -90,6 +90,8 @@ class _Inference:
         self.graph = model.graph
         self.keep_known = keep_known
         self.context = _Context(model.opset_imports, policy="refine" if keep_known else "override")
+        self.faults: list[OptcError] | None = None
+        """Nodes of a branch whose operands do not fit together; None outside of branches, where that is an error."""
 
     def run(self) -> None:
         used = name_input_dims(self.graph)
@@ -115,7 +117,27 @@ class _Inference:
                     value.shape = None
             self.infer_node(node, scratch)
 
+    def attempt(self, graph: oir.Graph, scratch: list[oir.Value]) -> OptcError | None:
+        """Walk a graph that may never run; returns what is wrong with it. What follows a fault has no shape."""
+        outer, self.faults = self.faults, []
+        try:
+            self.walk(graph, scratch)
+            return self.faults[0] if self.faults else None
+        finally:
+            self.faults = outer
+
     def infer_node(self, node: oir.Node, scratch: list[oir.Value]) -> None:
+        try:
+            self.apply_rule(node, scratch)
+        except OptcError as error:
+            if self.faults is None:
+                raise
+            self.faults.append(error)
+            for value in node.outputs:
+                value.shape = None
+            self.fill_types(node, self.context.get_opset_version(node.domain))
+
+    def apply_rule(self, node: oir.Node, scratch: list[oir.Value]) -> None:
         context = self.context
         for value in node.inputs:
             if value is not None:
@@ -124,7 +146,7 @@ class _Inference:
             version = context.get_opset_version(node.domain)
             control = shape_control.RULES.get(node.op_type) if node.domain == "" else None
             if control is not None and version >= shape_control.MIN_OPSET:
-                control(context, node, lambda graph: self.walk(graph, scratch))
+                control(context, node, lambda graph: self.attempt(graph, scratch))
                 return
             for graph in subgraphs(node):
                 self.walk(graph, scratch)

@@ -16,7 +16,7 @@ import optc
 from optc import sample, verification
 from optc.backends.artifact import Artifact, build_artifact
 from optc.backends.base import Build, Target
-from optc.errors import OptcError
+from optc.errors import NoLegalInputsError, OptcError
 from optc.passes import fuse, pipeline
 from optc.passes.observer import Observer, PassRecord
 from optc.runtime.format import TensorSpec
@@ -215,7 +215,11 @@ def _verified(
     if not target.native:
         note = f"not run: built for {target.triple}, which is not this machine"
         return artifact.with_report(artifact.report | {"verification": note})
-    result = verify_artifact(artifact.model(), original, inputs=inputs, tolerance=tolerance)
+    try:
+        result = verify_artifact(artifact.model(), original, inputs=inputs, tolerance=tolerance)
+    except NoLegalInputsError as error:
+        # Which sizes are legal was our guess: that none fits says nothing against the artifact.
+        return artifact.with_report(artifact.report | {"verification": f"not run: {error}"})
     result.require(tolerance)
     return artifact.with_report(artifact.report | {"verification": result.describe()})
 
@@ -234,17 +238,20 @@ def verify_artifact(
 
     onnxruntime's own approximations can be off where an output is tiny (its Sigmoid far below zero, for one). So when
     the results differ from it, onnx's reference evaluator decides, and the result's ``reference`` tells the story.
+
+    Raises:
+        NoLegalInputsError: the reference refuses all the random inputs that were tried.
     """
     name, reference = verification.reference(original, prefer)
     sizes: dict[str, int] = {}
     described = "given"
     if inputs is None:
-        sizes = {**sample.default_dims(model.inputs), **(dims or {})}
         described = f"random, seed {seed}"
-        limits = verification.integer_limits(original)
-        inputs = sample.random_inputs(model.inputs, seed=seed, dims=sizes, integer_limits=limits)
+        inputs, sizes, expected = _legal_inputs(model, original, reference, seed, dims or {})
+    else:
+        expected = reference(inputs)
     actual = model.run(inputs)
-    errors = verification.compare_all(actual, reference(inputs))
+    errors = verification.compare_all(actual, expected)
     if prefer is None and name.startswith("onnxruntime") and (off := [o for o in errors if not o.within(tolerance)]):
         second_name, second = verification.reference(original, "onnx")
         opinion = verification.compare_all(actual, second(inputs))
@@ -252,3 +259,30 @@ def verify_artifact(
             differs = ", ".join(f"{o.name} by {o.relative:.1e}" for o in off)
             name, errors = f"{second_name} ({name} differs from both: {differs})", opinion
     return verification.Verification(name, described, sizes, errors)
+
+
+def _legal_inputs(
+    model: Any,
+    original: oir.Model,
+    reference: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]],
+    seed: int,
+    dims: Mapping[str, int],
+) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, np.ndarray]]:
+    """Return the first random inputs that the reference accepts, their sizes, and what it makes of them."""
+    integers = verification.integer_choices(original)
+    tried: list[dict[str, int]] = []
+    refusal: Exception | None = None
+    for candidate in sample.SIZES:
+        sizes = {**sample.default_dims(model.inputs, candidate), **dims}
+        if sizes in tried:
+            continue
+        tried.append(sizes)
+        inputs = sample.random_inputs(model.inputs, seed=seed, dims=sizes, integers=integers)
+        try:
+            return inputs, sizes, reference(inputs)
+        except Exception as error:  # references raise errors of every kind
+            refusal = refusal or error
+    raise NoLegalInputsError(
+        f"the reference refuses random inputs of every size tried ({len(tried)}): {str(refusal).splitlines()[0]}",
+        hint="name sizes that are legal with --dim or --input-shape, or give arrays with `optc verify --input`",
+    )

@@ -31,6 +31,10 @@ class InputError(UsageError):
     """An array given to a model has an unknown name, a wrong shape or a wrong dtype."""
 
 
+class NoLegalInputsError(UsageError):
+    """The reference refuses every set of random inputs that was tried."""
+
+
 class MissingDependencyError(UsageError):
     """An optional package or program is needed and not installed; the hint says how to install it."""
 

@@ -10,20 +10,23 @@ from optc.errors import UsageError
 from optc.runtime.dtypes import numpy_dtype
 from optc.runtime.format import TensorSpec
 
-BATCH_SIZE = 2
-"""Size tried first for a symbolic first dimension."""
-OTHER_SIZE = 64
-"""Size tried first for any other symbolic dimension: a multiple of the strides that convolutions have."""
+SIZES = ((2, 64, 64), (1, 64, 64), (1, 1, 512), (1, 1, 576), (1, 1, 1))
+"""Sizes to try, in this order: of a symbolic first dimension, of one in the middle, of a last one (or the only one).
+
+Most models take the first; 64 is a multiple of the strides that convolutions have. Audio models want frames of 512
+samples, some with 64 of the frame before, and keep their state in tensors with the batch in the middle."""
 
 
-def default_dims(specs: Sequence[TensorSpec]) -> dict[str, int]:
+def default_dims(specs: Sequence[TensorSpec], sizes: tuple[int, int, int] = SIZES[0]) -> dict[str, int]:
     """Return a size for every symbolic dimension of the inputs ``specs``."""
-    sizes: dict[str, int] = {}
+    first, middle, last = sizes
+    chosen: dict[str, int] = {}
     for spec in specs:
         for position, dim in enumerate(spec.shape):
-            if isinstance(dim, str) and dim not in sizes:
-                sizes[dim] = BATCH_SIZE if position == 0 and len(spec.shape) > 1 else OTHER_SIZE
-    return sizes
+            if isinstance(dim, str) and dim not in chosen:
+                is_last = position == len(spec.shape) - 1
+                chosen[dim] = last if is_last else first if position == 0 else middle
+    return chosen
 
 
 def random_inputs(
@@ -31,12 +34,12 @@ def random_inputs(
     *,
     seed: int = 0,
     dims: Mapping[str, int] | None = None,
-    integer_limits: Mapping[str, int] | None = None,
+    integers: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return one array per input: floats from N(0, 1), booleans at random, integers in ``[0, limit)``.
+    """Return one array per input: floats from N(0, 1), booleans and integers at random.
 
-    ``integer_limits`` gives the limit by input name (an embedding's vocabulary, say); the default is 2, which is
-    in range for nearly every index. ``dims`` overrides the sizes of symbolic dimensions.
+    ``integers`` gives what to choose from by input name (``range`` of an embedding's vocabulary, say); the default is
+    0 and 1, which are in range for nearly every index. ``dims`` overrides the sizes of symbolic dimensions.
     """
     sizes = {**default_dims(specs), **(dims or {})}
     unknown = set(dims or {}) - set(default_dims(specs))
@@ -51,7 +54,8 @@ def random_inputs(
         if spec.dtype == "bool":
             array = generator.integers(0, 2, shape).astype(bool)
         elif np.issubdtype(dtype, np.integer):
-            array = generator.integers(0, (integer_limits or {}).get(spec.name, 2), shape).astype(dtype)
+            choices = (integers or {}).get(spec.name, range(2))
+            array = generator.choice(np.asarray(choices), shape).astype(dtype)
         else:
             array = generator.standard_normal(shape).astype(dtype)
         arrays[spec.name] = array

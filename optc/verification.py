@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,26 +131,44 @@ def _onnxruntime(model: oir.Model) -> tuple[str, Callable[[Arrays], dict[str, np
     return f"onnxruntime {onnxruntime.__version__}", peer.run
 
 
-def integer_limits(model: oir.Model) -> dict[str, int]:
-    """Return how large the values of integer inputs may be, as far as the graph tells.
+def integer_choices(model: oir.Model) -> dict[str, Sequence[int]]:
+    """Return what the values of integer inputs may be, as far as the graph tells.
 
-    An input that indexes a table (Gather on the input or a cast or reshape of it) stays below its length.
+    An input that indexes a table (Gather on the input or a cast or reshape of it) stays below its length. One that is
+    compared with constants (a sample rate, say) is one of them.
     """
-    limits: dict[str, int] = {}
+    choices: dict[str, Sequence[int]] = {}
     for value in model.graph.inputs:
-        stack, seen = [value], set()
-        while stack:
-            current = stack.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            for node, index in current.uses():
-                if node.op_type == "Gather" and index == 1 and node.inputs[0] is not None:
-                    table = node.inputs[0].shape
-                    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-                    size = table[axis] if table is not None else None
-                    if isinstance(size, int):
-                        limits[str(value.name)] = min(size, limits.get(str(value.name), size))
-                elif node.op_type in ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity") and index == 0:
-                    stack.extend(node.outputs)
-    return limits
+        limits, constants = _uses_as_integer(value)
+        if limits:
+            choices[str(value.name)] = range(min(limits))
+        elif constants:
+            choices[str(value.name)] = sorted(constants)
+    return choices
+
+
+def _uses_as_integer(value: oir.Value) -> tuple[set[int], set[int]]:
+    """Return the lengths of the tables that ``value`` indexes, and the constants that it is compared with."""
+    limits: set[int] = set()
+    constants: set[int] = set()
+    stack, seen = [value], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for node, index in current.uses():
+            if node.op_type == "Gather" and index == 1 and node.inputs[0] is not None:
+                table = node.inputs[0].shape
+                axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+                size = table[axis] if table is not None else None
+                if isinstance(size, int):
+                    limits.add(size)
+            elif node.op_type == "Equal":
+                other = node.inputs[1 - index]
+                tensor = oir.convenience.get_const_tensor(other) if other is not None else None
+                if tensor is not None and tensor.size == 1:
+                    constants.add(int(tensor.numpy().reshape(())))
+            elif node.op_type in ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity") and index == 0:
+                stack.extend(node.outputs)
+    return limits, constants

@@ -15,6 +15,7 @@ from tvm import relax, tirx
 from optc.backends.base import Build, Target
 from optc.backends.cpu import memory
 from optc.backends.cpu.link import link
+from optc.backends.cpu.shape_functions import order_shape_functions
 from optc.backends.cpu.target import to_tvm
 from optc.backends.kernels import schedule
 from optc.backends.kernels.name_dims import name_dims
@@ -71,13 +72,23 @@ class CpuBackend:
 def _fuse(module: Any) -> Any:
     transform = relax.transform
     passes = [
-        transform.ConvertToDataflow(1),
+        *_to_dataflow(),
         transform.AnnotateTIROpPattern(),
         transform.FuseOps(),
         transform.FuseTIR(),
         transform.DeadCodeElimination(),
     ]
     return name_dims(tvm.transform.Sequential(passes)(module))
+
+
+def _to_dataflow() -> list[Any]:
+    """Return the steps of ConvertToDataflow but for the one that canonicalizes symbolic variables.
+
+    Where a match_cast checks that a size ``min(n, 512)`` is ``n``, that step takes it for a definition of ``n`` and
+    recurses without end.
+    """
+    convert, canonicalize = relax.transform.ConvertToDataflow(1).passes
+    return [convert, *(p for p in canonicalize.passes if p.info.name != "CanonicalizeTIRVariables")]
 
 
 def generate(module: Any, target: Target) -> tuple[Any, int | None]:
@@ -103,6 +114,7 @@ def generate(module: Any, target: Target) -> tuple[Any, int | None]:
             transform.LowerRuntimeBuiltin(),
             transform.ComputePrimValue(),
             transform.VMShapeLower(),
+            order_shape_functions,
             transform.AttachGlobalSymbol(),
         ]
     )

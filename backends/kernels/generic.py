@@ -48,11 +48,9 @@ def schedule(function: Any, target: Target) -> tuple[Any, str]:
     blocks = _inline(sch, blocks)
     lanes = _lanes(sch, blocks, target)
     parallel = sum(_work(sch, block) for block in blocks) >= PARALLEL_WORK
-    shared = _share_rows(sch, blocks)
+    shared = _share_rows(sch, blocks, lanes)
     if shared is not None:
         sch, row = shared
-        for block in blocks:
-            _schedule_inside(sch, block, row, lanes)
         if parallel:
             sch.parallel(row)
     else:
@@ -134,10 +132,12 @@ def _work(sch: Any, block: Any) -> float:
     return work * (8 if _expensive(sch.get(block)) else 1) if work == work else 0.0
 
 
-def _share_rows(sch: Any, blocks: list[Any]) -> tuple[Any, Any] | None:
+def _share_rows(sch: Any, blocks: list[Any], lanes: int) -> tuple[Any, Any] | None:
     """Compute all stages at the rows of the last one; returns the new schedule and the fused row loop.
 
-    Rows are the leading loops that all stages have with the same extents, so nothing is computed twice.
+    Rows are the leading loops that all stages have with the same extents, so nothing is computed twice. None where
+    the accesses do not allow it, or where sizes written in different ways leave predicates that no loop transform
+    can look through.
     """
     if len(blocks) < 2 or _reductions(sch, blocks[-1]):
         return None
@@ -150,6 +150,8 @@ def _share_rows(sch: Any, blocks: list[Any]) -> tuple[Any, Any] | None:
     for block in reversed(blocks[:-1]):
         if not _try(lambda block=block: trial.compute_at(block, row, preserve_unit_loops=True)):
             return None
+    if not all(_try(_schedule_inside, trial, block, row, lanes) for block in blocks):
+        return None
     return trial, row
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import tvm
 from tvm import tirx
 
 from optc.backends.lowering.emit import as_index, plain
@@ -34,21 +35,45 @@ def _joined(site: Site, dims: Sequence[Any]) -> Any:
     for dim in dims:
         if _is_one(out):
             out = dim
-        elif not _is_one(dim) and not site.prove_equal(dim, out):
+        elif _is_one(dim) or site.prove_equal(dim, out):
+            continue
+        elif _stays(site, dim, out) and not (isinstance(out, tvm.ir.Var) and _stays(site, out, dim)):
+            out = dim
+        elif not _stays(site, out, dim):
             out = plain(tirx.Select(as_index(out) == 1, as_index(dim), as_index(out)))
     return out
 
 
+def _stays(site: Site, dim: Any, out: Any) -> bool:
+    """Tell whether ``dim`` is never stretched to ``out``: it is 1 only when ``out`` is."""
+    return site.implies(_is_one_condition(site, dim), as_index(out) == 1)
+
+
+def _is_one_condition(site: Site, dim: Any) -> Any:
+    """Return when ``dim`` is 1; a minimum with 2 or more, as slices give, is 1 only when its other side is."""
+    while isinstance(dim, tirx.Min):
+        a, b = dim.a, dim.b
+        if site.always(b >= 2):
+            dim = a
+        elif site.always(a >= 2):
+            dim = b
+        else:
+            break
+    return as_index(dim) == 1
+
+
 def checked(site: Site, tensor: Any, shape: Sequence[Any], result: Sequence[Any]) -> Any:
     """Return ``tensor`` of ``shape``, with a check at run time that it broadcasts to ``result`` if that is open."""
-    expected = list(shape)
+    expected, kept = list(shape), list(shape)
     for axis in range(-len(shape), 0):
         dim, out = shape[axis], result[axis]
-        if not _is_one(dim) and not site.prove_equal(dim, out):
+        if _is_one(dim) or site.prove_equal(dim, out):
+            continue
+        if _stays(site, dim, out):
+            expected[axis] = kept[axis] = out
+        else:
             expected[axis] = tirx.Select(as_index(dim) == 1, as_index(1), as_index(out))
-    if all(a is b for a, b in zip(expected, shape, strict=True)):
-        return tensor
-    return site.check_equal(tensor, expected)
+    return site.check(tensor, expected, kept)
 
 
 def read_index(site: Site, shape: Sequence[Any], result: Sequence[Any], index: Sequence[Any]) -> list[Any]:
@@ -60,6 +85,8 @@ def read_index(site: Site, shape: Sequence[Any], result: Sequence[Any], index: S
             position.append(index[axis])
         elif _is_one(dim):
             position.append(as_index(0))
+        elif _stays(site, dim, out):
+            position.append(index[axis])
         else:
             position.append(tirx.Select(as_index(dim) == 1, as_index(0), as_index(index[axis])))
     return position

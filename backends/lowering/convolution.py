@@ -8,7 +8,6 @@ import numpy as np
 
 from optc.backends.kernels import contraction, convolution
 from optc.backends.lowering.emit import shape_of
-from optc.backends.lowering.matmul import agree
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 from optc.backends.lowering.windows import Windows, at_least, windows
@@ -30,7 +29,7 @@ def conv(site: Site) -> Any:
     channels, kernel = filters[0], filters[2:]
     if not all(isinstance(d, int) for d in filters):
         site.unsupported("the shape of the convolution's weights must be known while compiling")
-    x = agree(site, x, [shape[0], filters[1] * groups, *shape[2:]])
+    x = site.check_equal(x, [shape[0], filters[1] * groups, *shape[2:]])
     geometry = windows(site, shape[2:], kernel)
     bias = [site.tensor(2)] if site.has(2) else []
     dtype, per_group = str(x.ty.dtype), channels // groups
@@ -89,7 +88,7 @@ def conv_transpose(site: Site) -> Any:
     if not all(isinstance(d, int) for d in filters):
         site.unsupported("the shape of the convolution's weights must be known while compiling")
     depth, per_group, *kernel = filters
-    x = agree(site, x, [shape[0], depth, *shape[2:]])
+    x = site.check_equal(x, [shape[0], depth, *shape[2:]])
     before, out, strides, dilations = _transposed_geometry(site, shape[2:], kernel)
     channels, maps = per_group * groups, per_group * int(np.prod(kernel, dtype=np.int64))
     flat = [groups, depth // groups, maps]

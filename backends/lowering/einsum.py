@@ -8,7 +8,6 @@ from tvm import te
 
 from optc.backends.kernels.contraction import FUSIBLE, accumulator, annotate, narrow, widen
 from optc.backends.lowering.emit import shape_of
-from optc.backends.lowering.matmul import agree
 from optc.backends.lowering.site import Site
 from optc.backends.lowering.table import Table
 
@@ -70,7 +69,7 @@ def parse(site: Site, equation: str, shapes: list[list[Any]]) -> tuple[list[str]
 def _checked(site: Site, tensor: Any, shape: list[Any], labels: str, extents: dict[str, Any]) -> Any:
     """Return ``tensor`` with a check at run time that equal labels have equal extents, where that is open."""
     one = [isinstance(d, int) and d == 1 for d in shape]
-    return agree(site, tensor, [1 if single else extents[c] for single, c in zip(one, labels, strict=True)])
+    return site.check_equal(tensor, [1 if single else extents[c] for single, c in zip(one, labels, strict=True)])
 
 
 def _index(tensor: Any, labels: str, at: dict[str, Any]) -> Any:

@@ -88,6 +88,12 @@ def repeat_while(condition: Any) -> Iterator[None]:
         yield
 
 
+def fail(message: str) -> None:
+    """End the run with an error."""
+    with T.Assert(tirx.const(False, "bool"), message):
+        T.evaluate(0)
+
+
 def cells(shape: Sequence[Any], dtype: str, scope: str = "local") -> Cells:
     """Return uninitialised scratch cells."""
     return Cells(T.alloc_buffer([as_index(d) for d in shape], dtype, scope=scope))

@@ -10,7 +10,7 @@ from tvm import te, tirx
 from optc.backends.kernels import contraction, convolution
 from optc.backends.lowering.convolution import pack_filters, padded
 from optc.backends.lowering.emit import shape_of
-from optc.backends.lowering.matmul import agree, product
+from optc.backends.lowering.matmul import product
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 from optc.backends.lowering.windows import windows
@@ -103,7 +103,7 @@ def _convolution(site: Site, x_at: int, x_zero: int, w_at: int, w_zero: int, bia
         site.unsupported("the shape of the convolution's weights must be known while compiling")
     x = centered(site, x_at, x_zero)
     shape = shape_of(x)
-    x = agree(site, x, [shape[0], filters[1] * groups, *shape[2:]])
+    x = site.check_equal(x, [shape[0], filters[1] * groups, *shape[2:]])
     geometry = windows(site, shape[2:], kernel)
     x = padded(site, x, geometry)
     weights, zeros = site.constant(w_at), site.constant(w_zero)

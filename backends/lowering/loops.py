@@ -18,6 +18,7 @@ from tvm import relax, te, tirx
 
 from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
+from optc.backends.lowering.branches import block, outline
 from optc.backends.lowering.emit import as_index, shape_of
 from optc.backends.lowering.lower import Known
 from optc.backends.lowering.site import Site, scalar
@@ -251,13 +252,12 @@ class _Plan:
             if all(a.count(None) == b.count(None) for a, b in zip(shapes, wider, strict=True)):
                 break
             shapes = wider
-        if any(d is None for shape in elements for d in shape):
-            site.unsupported("the shape of what an iteration outputs depends on the iteration")
         dtypes = [str(t.ty.dtype) for t in self.carried]
         joined = [([None, *s], site.lowerer.dtype(v)) for s, v in zip(elements, self.scanned, strict=True)]
         self.state = [([1], "int64"), ([], "bool"), *zip(shapes, dtypes, strict=True), *joined]
         number = _int64(0)
-        empty = [_empty(site, [0, *shape[1:]], dtype) for shape, dtype in joined]
+        # Sizes of elements that only an iteration knows are 0 before the first one.
+        empty = [_empty(site, [0, *(d if d is not None else 0 for d in shape[1:])], dtype) for shape, dtype in joined]
         values = [number, self._goes_on(number, limit, start), *self.carried, *empty]
         call = self._step(limit)
         for level in range(LEVELS):
@@ -296,7 +296,7 @@ class _Plan:
                 values = self._if_going(call, values)
             return values
 
-        return self.site.lowerer.outline("loop", body, parameters, self._types())[0]
+        return outline(self.site.lowerer, "loop", body, parameters, self._types())[0]
 
     def _type(self, shape: Sequence[Any], dtype: str) -> Any:
         dims = [self.site.symbol("n") if d is None else as_index(d) for d in shape]
@@ -345,7 +345,7 @@ class _Plan:
             return []
 
         with lowerer.scope():
-            lowerer.block(trial)
+            block(lowerer, trial)
         if any(len(a) != len(b) for a, b in zip(found, shapes, strict=False)):
             self.site.unsupported("the rank of a carried tensor changes from one iteration to the next")
         return found[: len(shapes)], found[len(shapes) :]
@@ -369,21 +369,29 @@ class _Plan:
             ]
             return [following, self._goes_on(following, limit, condition), *kept, *joined]
 
-        return self.site.lowerer.outline("iteration", body, parameters, self._types())[0]
+        return outline(self.site.lowerer, "iteration", body, parameters, self._types())[0]
 
     def _join(self, old: Any, new: Any, backward: bool) -> Any:
         """Append ``new`` to the entries of ``old``, or put it before them."""
         length, *shape = shape_of(old)
-        new = self.site.check_equal(new, shape)
+        found = shape_of(new)
+        differ = [
+            tirx.NE(as_index(a), as_index(b))
+            for a, b in zip(shape, found, strict=True)
+            if not self.site.prove_equal(a, b)
+        ]
 
         def body(ins: list[imperative.Cells], outs: list[imperative.Cells]) -> None:
-            with imperative.loop(length, *shape) as (k, *rest):
+            if differ:
+                with imperative.when(tirx.all(as_index(length) > 0, tirx.any(*differ))):
+                    imperative.fail("the iterations of a loop output tensors of different shapes")
+            with imperative.loop(length, *found) as (k, *rest):
                 outs[0][(k + 1 if backward else k, *rest)] = ins[0][(k, *rest)]
-            with imperative.loop(*shape) as rest:
+            with imperative.loop(*found) as rest:
                 outs[0][(0 if backward else length, *rest)] = ins[1][rest]
 
         return self.site.emit(
-            lambda a, b: imperative.procedure([a, b], [([length + 1, *shape], str(a.dtype))], body, "join"),
+            lambda a, b: imperative.procedure([a, b], [([length + 1, *found], str(a.dtype))], body, "join"),
             old,
             new,
             name="join",

@@ -8,7 +8,8 @@ symbolically (``shape_values.py``); a kernel is emitted for it only when some no
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,9 @@ import onnx_ir as oir
 import tvm
 from tvm import relax, te, tirx
 
+from optc.backends.lowering import branches, shape_values
 from optc.backends.lowering import emit as emission
-from optc.backends.lowering import shape_values
-from optc.backends.lowering.site import Site, Unsupported
+from optc.backends.lowering.site import Impossible, Poisoned, Site, Unsupported
 from optc.backends.lowering.table import Lower, outputs
 from optc.errors import UnsupportedModelError
 from optc.ir import provenance
@@ -48,10 +49,6 @@ _DTYPES = {
     oir.DataType.UINT64: "uint64",
     oir.DataType.BOOL: "bool",
 }
-
-
-class Poisoned(Unsupported):
-    """A value that no node gives because one before it was refused: not a refusal of its own."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +93,11 @@ class Lowerer:
         self.weights: dict[str, np.ndarray] = {}
         self.symbols: dict[Any, None] = {}
         self.dims: dict[str, Any] = {}
-        self.refused: list[str] = []
+        self.refused: dict[str, bool] = {}
+        """Why nodes cannot be lowered; True for those that no run can reach, which a branch may hold."""
         self.poisoned: set[oir.Value] = set()
         self.read: set[Any] = set()
+        self.fork_depth = 0
         self.analyzer = tvm.sym.Analyzer()
 
     def run(self) -> Lowered:
@@ -126,8 +125,23 @@ class Lowerer:
 
     def graph(self, graph: oir.Graph) -> None:
         """Lower the nodes of a graph or subgraph into the current block."""
-        for node in graph:
-            self._node(node)
+        self.work(graph, graph.outputs)
+
+    def work(self, items: Iterable[oir.Node | Callable[[], None]], results: Sequence[oir.Value]) -> None:
+        """Lower nodes, and run what is no node, in order, until all ``results`` are known."""
+        rest = deque(items)
+        while rest:
+            item = rest.popleft()
+            if not isinstance(item, oir.Node):
+                item()
+                continue
+            try:
+                self._node(item)
+            except branches.Inline as inline:
+                rest.extendleft(reversed(inline.items(self)))
+            except branches.Fork as fork:
+                fork.lower(self, rest, results)
+                return
 
     @contextmanager
     def scope(self) -> Iterator[None]:
@@ -137,55 +151,6 @@ class Lowerer:
             yield
         finally:
             self.tensors, self.integers, self.constants, self.sequences = saved
-
-    def outline(
-        self,
-        name: str,
-        lower: Callable[[], Sequence[Any]],
-        parameters: Sequence[Any] = (),
-        types: Sequence[Any] | None = None,
-    ) -> tuple[Callable[[Sequence[Any]], Any], list[Any]]:
-        """Lower into a function of its own; returns what makes a call of it, and the types of its results.
-
-        ``lower`` emits the body and returns its results. The ``parameters`` come first; every other value and
-        symbol from outside that the body uses becomes a parameter too. Dimensions that only the body knows are
-        left out of the types. Branches are functions because fusion and memory planning work function by
-        function: inside of one, they take an If for straight-line code.
-        """
-        outside = set(self.symbols)
-        with self.scope():
-            block, results = self.block(lower)
-        body = relax.SeqExpr([block], results)
-        own = set().union(*(self.free(d) for p in parameters for d in emission.shape_of(p)))
-        if types is None:
-            types = [self._visible(field_, outside - own) for field_ in results.ty.fields]
-        captured = [v for v in relax.analysis.free_vars(body) if v not in set(parameters)]
-        result = relax.TupleType(types)
-        function = relax.Function([*parameters, *captured], body, result, is_pure=False)
-        symbols = list(relax.analysis.free_symbolic_vars(function))
-        sizes = relax.Var("sizes", relax.ShapeType(symbols))
-        function = relax.Function([*parameters, *captured, sizes], body, result, is_pure=False)
-        target = self.builder.add_func(relax.utils.copy_with_new_vars(function), name)
-
-        def call(arguments: Sequence[Any]) -> Any:
-            return relax.Call(target, [*arguments, *captured, relax.ShapeExpr(symbols)])
-
-        return call, list(types)
-
-    def block(self, lower: Callable[[], Sequence[Any]]) -> tuple[Any, Any]:
-        """Emit into a new binding block; returns it and the variable of the tuple of what ``lower`` returns."""
-        self.builder._begin_binding_block()
-        try:
-            results = self.builder.emit(relax.Tuple(list(lower())))
-        finally:
-            block = self.builder._end_block()
-        return block, results
-
-    def _visible(self, type_: Any, outside: set[Any]) -> Any:
-        dims = [emission.plain(d) for d in type_.shape.values]
-        if all(self.free(d) <= outside for d in dims):
-            return type_
-        return relax.TensorType(None, type_.dtype, ndim=len(dims))
 
     def subgraph(self, graph: oir.Graph) -> list[Any]:
         """Lower a subgraph into the current block; returns its outputs."""
@@ -200,6 +165,10 @@ class Lowerer:
             return Known(self.tensors.get(value), self.integers[value])
         array = self.constant(value)
         return Known(self.tensor(value), constant=array)
+
+    def bind_tensor(self, value: oir.Value, tensor: Any) -> None:
+        """Let ``value`` be ``tensor``."""
+        self.define(value, Known(tensor))
 
     def define(self, value: oir.Value, known: Known) -> None:
         """Let ``value`` be what is ``known``."""
@@ -231,14 +200,16 @@ class Lowerer:
             self.poisoned.update(node.outputs)
             return
         except Unsupported as refusal:
-            line = f"{provenance.describe(node)}: {refusal}"
-            if line not in self.refused:
-                self.refused.append(line)
-            self.poisoned.update(node.outputs)
+            self.refuse(node, refusal)
             return
         for value, result in zip(node.outputs, results, strict=False):
             if result is not None:
                 self.define(value, result if isinstance(result, Known) else Known(result))
+
+    def refuse(self, node: oir.Node, refusal: Unsupported) -> None:
+        """Note why ``node`` cannot be lowered; what depends on it is not looked at."""
+        self.refused.setdefault(f"{provenance.describe(node)}: {refusal}", isinstance(refusal, Impossible))
+        self.poisoned.update(node.outputs)
 
     def _error(self) -> UnsupportedModelError:
         listing = "\n".join(f"  - {line}" for line in self.refused)
@@ -251,7 +222,8 @@ class Lowerer:
         """Tell whether ``value`` can cross the border of the model; refuse it otherwise."""
         dense = isinstance(value.type, oir.TensorType) and value.dtype in _DTYPES
         if not dense or (role == "input" and value.shape is None):
-            self.refused.append(f"{role} '{value.name}': type {value.type}, shape {value.shape} cannot be an {role}")
+            line = f"{role} '{value.name}': type {value.type}, shape {value.shape} cannot be an {role}"
+            self.refused[line] = False
             return False
         return True
 
@@ -431,6 +403,15 @@ class Lowerer:
         if isinstance(value, int):
             return value >= 0
         return bool(self.analyzer.can_prove(value >= 0))
+
+    def always(self, condition: Any) -> bool:
+        """Tell whether a condition holds for every legal size."""
+        return bool(self.analyzer.can_prove(condition))
+
+    def implies(self, condition: Any, conclusion: Any) -> bool:
+        """Tell whether ``conclusion`` holds for every legal size for which ``condition`` does."""
+        with self.analyzer.constraint_scope(condition):
+            return bool(self.analyzer.can_prove(conclusion))
 
     def simplify(self, value: Any) -> Any:
         """Return a simpler equal expression, an int where it is one."""

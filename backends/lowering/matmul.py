@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ def matmul(site: Site) -> Any:
 def packed(site: Site, a: Any, matrix: np.ndarray, name: str = "matmul") -> Any:
     """Emit ``a [..., M, K]`` times a constant ``[K, N]``."""
     weight = site.weight(contraction.pack_columns(matrix), "packed")
-    a = agree(site, a, [*shape_of(a)[:-1], matrix.shape[0]])
+    a = site.check_equal(a, [*shape_of(a)[:-1], matrix.shape[0]])
     n, dtype = matrix.shape[1], str(a.ty.dtype)
 
     def compute(x: Any, w: Any) -> Any:
@@ -57,7 +56,7 @@ def product(
     batch = broadcast_shapes(site, left[:-2], right[:-2])
     a = checked(site, a, left, [*batch, *left[-2:]])
     inner = [right[-2], left[-1]] if transpose_b else [left[-1], right[-1]]
-    b = checked(site, agree(site, b, [*right[:-2], *inner]), [*right[:-2], *inner], [*batch, *inner])
+    b = checked(site, site.check_equal(b, [*right[:-2], *inner]), [*right[:-2], *inner], [*batch, *inner])
     dtype = str(a.ty.dtype)
 
     def compute(x: Any, y: Any) -> Any:
@@ -68,16 +67,6 @@ def product(
         return contraction.narrow(acc, dtype)
 
     return site.emit(compute, a, b, name=name, attributes=contraction.FUSIBLE)
-
-
-def agree(site: Site, tensor: Any, shape: Sequence[Any]) -> Any:
-    """Return ``tensor`` with a check at run time that it has ``shape``, if that is not known already."""
-    own = shape_of(tensor)
-    if all(site.prove_equal(a, b) for a, b in zip(own, shape, strict=True)):
-        return tensor
-    if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(own, shape, strict=True)):
-        site.unsupported(f"shape {own} does not fit {list(shape)}")
-    return site.check_equal(tensor, shape)
 
 
 @TABLE.lowers("Gemm")
@@ -91,7 +80,7 @@ def gemm(site: Site) -> Any:
     use_packed = constant is not None and not trans_a
     depth = (site.shape(1) if constant is None else constant.shape)[1 if trans_b else 0]
     rows = site.shape(0)[1 if trans_a else 0]
-    a = agree(site, a, [depth, rows] if trans_a else [rows, depth])
+    a = site.check_equal(a, [depth, rows] if trans_a else [rows, depth])
     second = _packed_gemm_weight(site, constant, trans_b) if use_packed else site.tensor(1)
 
     def compute(x: Any, w: Any, *c: Any) -> Any:

@@ -16,6 +16,7 @@ from tvm import te, tirx
 
 from optc.backends.kernels import vector_math as vm
 from optc.backends.lowering import imperative
+from optc.backends.lowering import index_math as im
 from optc.backends.lowering.emit import as_index
 from optc.backends.lowering.imperative import Cells, loop, variable
 from optc.backends.lowering.matmul import packed, product
@@ -93,8 +94,14 @@ class _State:
 @TABLE.lowers("RNN", "GRU", "LSTM")
 def recurrent(site: Site) -> Any:
     """RNN-22, GRU-22, LSTM-22: all directions, layouts, activations, clip, peepholes, sequence lengths."""
+    ranks = {0: 3, 1: 3, 2: 3, 3: 2, 4: 1, 5: 3, 6: 3, 7: 2}
+    if any(site.has(k) and site.rank(k) != rank for k, rank in ranks.items()):
+        site.impossible("an input has the wrong rank")
     batch_first = site.attr("layout", 0) == 1
     first, second, features = site.shape(0)
+    expected = site.shape(1)[2]
+    if not site.prove_equal(features, expected) and im.known(features, expected):
+        site.impossible(f"the input has {features} features, its weights {expected}")
     steps, batch = (second, first) if batch_first else (first, second)
     hidden, gates = site.shape(2)[-1], _GATES[site.op]
     if not isinstance(hidden, int):
@@ -115,13 +122,20 @@ def recurrent(site: Site) -> Any:
         activations=_activations(site, len(backward)),
         operands={},
     )
-    x = site.reshape(site.tensor(0), [steps * batch, features])
-    tensors = [_project(site, x, len(backward) * gates * hidden, features), _pack(cell)]
+    x = site.reshape(site.check_equal(site.tensor(0), [first, second, expected]), [steps * batch, expected])
+    tensors = [_project(site, x, len(backward) * gates * hidden, expected), _pack(cell)]
     cell.operands = {"projected": 0, "weights": 1}
-    for name, index in (("bias", 3), ("lengths", 4), ("h", 5), ("c", 6), ("peephole", 7)):
+    state = [batch, len(backward), hidden] if batch_first else [len(backward), batch, hidden]
+    for name, index, shape in (
+        ("bias", 3, [len(backward), 2 * gates * hidden]),
+        ("lengths", 4, [batch]),
+        ("h", 5, state),
+        ("c", 6, state),
+        ("peephole", 7, [len(backward), 3 * hidden]),
+    ):
         if site.has(index):
             cell.operands[name] = len(tensors)
-            tensors.append(site.tensor(index))
+            tensors.append(site.check_equal(site.tensor(index), shape))
     return _emit(cell, tensors)
 
 

@@ -224,7 +224,7 @@ def _floor_div(a: Any, b: int) -> Any:
 
 
 def _compare(decide: Callable[[Any, Any], bool], holds: Callable[[Any, Any], Any]) -> Function:
-    """Decide a comparison of integers: of numbers, or where every legal size gives the same answer."""
+    """Decide a comparison of integers where every legal size gives the same answer, else keep it as a condition."""
 
     def apply(node: oir.Node, operands: list[np.ndarray], lowerer: Lowerer) -> np.ndarray | None:
         def one(a: Any, b: Any) -> Any:
@@ -235,7 +235,7 @@ def _compare(decide: Callable[[Any, Any], bool], holds: Callable[[Any, Any], Any
             condition = holds(emission.as_index(a), emission.as_index(b))
             if lowerer.analyzer.can_prove(condition):
                 return True
-            return False if lowerer.analyzer.can_prove(tirx.Not(condition)) else None
+            return False if lowerer.analyzer.can_prove(tirx.Not(condition)) else condition
 
         return _elementwise(one)(node, operands, lowerer)
 
@@ -351,10 +351,16 @@ def _reshape(node: oir.Node, operands: list[np.ndarray], lowerer: Lowerer) -> np
     return data.reshape(dims)
 
 
+def _is_condition(a: Any) -> bool:
+    return not isinstance(a, int | Ratio) and str(a.ty.dtype) == "bool"
+
+
 def _cast(node: oir.Node, operands: list[np.ndarray], lowerer: Lowerer) -> np.ndarray | None:
     kind = node.outputs[0].dtype
 
     def one(a: Any) -> Any:
+        if _is_condition(a):
+            return a if kind == oir.DataType.BOOL else None
         if isinstance(a, Ratio):
             if kind not in _INTEGER:
                 return a if kind == oir.DataType.FLOAT else None
@@ -411,7 +417,7 @@ _TABLE: dict[str, Function] = {
     "Abs": _absolute,
     "Floor": _elementwise(_floor),
     "Ceil": _elementwise(_ceil),
-    "Equal": _compare(operator.eq, lambda a, b: a == b),
+    "Equal": _compare(operator.eq, tirx.EQ),
     "Less": _compare(operator.lt, lambda a, b: a < b),
     "LessOrEqual": _compare(operator.le, lambda a, b: a <= b),
     "Greater": _compare(operator.gt, lambda a, b: a > b),

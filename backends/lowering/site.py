@@ -19,6 +19,14 @@ class Unsupported(Exception):  # noqa: N818 - not an error yet: the lowerer coll
     """A node that cannot be lowered, and why; raised by lowering functions through ``Site.unsupported``."""
 
 
+class Poisoned(Unsupported):
+    """A value that no node gives because one before it was refused: not a refusal of its own."""
+
+
+class Impossible(Unsupported):
+    """A node that no run can reach because its operands contradict each other: legal in a branch never taken."""
+
+
 class Site:
     """One node being lowered. Input numbers follow the ONNX operator; an absent optional input has no tensor."""
 
@@ -149,6 +157,14 @@ class Site:
         """Tell whether ``value`` is at least 0 for every legal size."""
         return self.lowerer.nonnegative(value)
 
+    def always(self, condition: Any) -> bool:
+        """Tell whether a condition holds for every legal size."""
+        return self.lowerer.always(condition)
+
+    def implies(self, condition: Any, conclusion: Any) -> bool:
+        """Tell whether ``conclusion`` holds for every legal size for which ``condition`` does."""
+        return self.lowerer.implies(condition, conclusion)
+
     def simplify(self, value: Any) -> Any:
         """Return a simpler equal expression."""
         return self.lowerer.simplify(value)
@@ -158,13 +174,40 @@ class Site:
         return self.lowerer.prove_equal(a, b)
 
     def check_equal(self, tensor: Any, shape: Sequence[Any]) -> Any:
-        """Return ``tensor`` with ``shape``, which is checked when the model runs."""
-        dims = [emission.as_index(d) for d in shape]
-        return self.lowerer.builder.match_cast(tensor, relax.TensorType(dims, tensor.ty.dtype))
+        """Return ``tensor`` with ``shape``, which is checked when the model runs unless it is sure already."""
+        found = emission.shape_of(tensor)
+        if len(found) != len(shape) or any(
+            isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(found, shape, strict=True)
+        ):
+            self.impossible(f"shape {found} does not fit {list(shape)}")
+        return self.check(tensor, shape, shape)
+
+    def check(self, tensor: Any, expected: Sequence[Any], shape: Sequence[Any]) -> Any:
+        """Return ``tensor`` as one of ``shape``, after a check at run time that its size is as ``expected``."""
+        found = emission.shape_of(tensor)
+        sure = [self.prove_equal(a, b) for a, b in zip(found, expected, strict=True)]
+        if all(sure):
+            return tensor
+        # TVM takes a match_cast to a variable for its definition, which may run in a circle: "n is min(n, 512)". It
+        # sees none in a Select; -1 is no size.
+        dims = [
+            emission.as_index(b)
+            if known or isinstance(b, int)
+            else tirx.Select(tirx.EQ(emission.as_index(a), b), emission.as_index(b), emission.as_index(-1))
+            for a, b, known in zip(found, expected, sure, strict=True)
+        ]
+        # FuseOps does not see what a match_cast reads, and would move its producer behind it; a reshape it sees.
+        view = self.reshape(tensor, found)
+        checked = self.lowerer.builder.match_cast(view, relax.TensorType(dims, tensor.ty.dtype))
+        return self.reshape(checked, shape)
 
     def unsupported(self, reason: str) -> NoReturn:
         """Refuse this node; every refused node of the model is reported in one error before anything is built."""
         raise Unsupported(reason)
+
+    def impossible(self, reason: str) -> Any:
+        """Refuse this node because its operands break the standard; inside of a branch, refuse only to take it."""
+        raise Impossible(reason)
 
 
 def scalar(value: Any, dtype: str) -> Any:

@@ -34,6 +34,8 @@ def reshape(site: Site) -> Any:
         wanted[open_axes[0]] = im.quotient(data, rest)
     elif any(map(site.is_read, wanted)):
         wanted = _with_open_axis(data, wanted)
+    if im.known(*data, *wanted) and im.product(data) != im.product(wanted):
+        site.impossible(f"shape {data} cannot become {wanted}")
     return site.reshape(site.tensor(0), site.settle(wanted))
 
 
@@ -69,14 +71,16 @@ def squeeze(site: Site) -> Any:
         axes = [i for i, d in enumerate(shape) if d == 1]
     else:
         site.unsupported("without axes, the rank of the result depends on symbolic dimensions")
-    return site.reshape(site.tensor(0), site.settle(_without(shape, axes)))
+    return site.reshape(site.tensor(0), site.settle(_without(site, shape, axes)))
 
 
-def _without(shape: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
+def _without(site: Site, shape: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
     """Return the dimensions of ``shape`` that ``axes`` do not name, in order."""
     rank = len(shape)
     if im.known(*axes):
         gone = {im.axis_of(a, rank) for a in axes}
+        if any(im.known(shape[a]) and shape[a] != 1 for a in gone):
+            site.impossible(f"shape {list(shape)} cannot lose axes {sorted(gone)}")
         return [d for i, d in enumerate(shape) if i not in gone]
     result: list[Any] = [1] * (rank - len(axes))
     place: Any = 0

@@ -50,9 +50,9 @@ def command(
         from optc.passes.bisection import bisect as find_pass
 
         captured = capture(model, **arguments)
-        limits = verification.integer_limits(captured)
+        choices = verification.integer_choices(captured)
         described = specs(captured.graph.inputs)
-        arrays = sample.random_inputs(described, seed=seed, integer_limits=limits)
+        arrays = sample.random_inputs(described, seed=seed, integers=choices)
         culprit = find_pass(captured, {**arrays, **read_inputs(inputs, described)}, tolerance or 1e-4)
         if as_json:
             print_json({"pass": culprit})

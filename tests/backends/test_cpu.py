@@ -3,15 +3,27 @@
 import numpy as np
 import onnx_ir as oir
 import pytest
+import tvm
+from tvm import tirx
 
 import optc
 from optc.backends.cpu import link
 from optc.backends.cpu.build import CpuBackend
+from optc.backends.cpu.shape_functions import order_shape_functions
 from optc.backends.cpu.target import EXAMPLES, resolve, to_tvm
 from optc.errors import MissingDependencyError, OptcError, UsageError
 
 CHAIN = """<ir_version: 10, opset_import: ["": 20]>
 g (float[4,64] x) => (float[4,64] y) { a = Softmax(x) b = Softmax <axis=0> (a) y = Softmax(b) }"""
+
+
+def test_shape_functions_store_in_the_order_of_their_slots():
+    sizes = tirx.decl_buffer([3], "int64", "H")
+    stores = [tirx.BufferStore(sizes, sizes[0] * slot, [slot]) for slot in (2, 1)]
+    function = tirx.PrimFunc([sizes], tirx.SeqStmt(stores))
+    module = order_shape_functions(tvm.IRModule({"shape_func": function, "other": function}))
+    order = {name: [int(s.indices[0]) for s in module[name].body.seq] for name in ("shape_func", "other")}
+    assert order == {"shape_func": [1, 2], "other": [2, 1]}
 
 
 def test_examples_resolve():

@@ -389,3 +389,29 @@ def test_dropout_while_training_is_refused(compile_model, make_model):
     constants = {"ratio": np.array(0.5, np.float32), "training": np.array(True)}
     with pytest.raises(UnsupportedModelError, match=r"drop.*random while training"):
         compile_model(make_model([node], {"x": (np.float32, [3])}, {"y": np.float32}, constants))
+
+
+def test_sizes_that_are_one_only_together_are_not_stretched(compile_model, make_model):
+    """``min(n, 5)`` and n: legal when equal, and then no broadcast; anything else is an error when the model runs."""
+    nodes = [
+        helper.make_node("Slice", ["table", "zero", "size"], ["part"]),
+        helper.make_node("Shape", ["x"], ["size"], start=0, end=1),
+        helper.make_node("Add", ["x", "part"], ["sum"]),
+        helper.make_node("Add", ["part", "sum"], ["again"]),
+        helper.make_node("LayerNormalization", ["again", "scale"], ["y"]),
+    ]
+    nodes[:2] = nodes[1::-1]
+    constants = {
+        "table": np.arange(20, dtype=np.float32).reshape(5, 4) ** 2,
+        "zero": np.array([0]),
+        "scale": np.ones(4, np.float32),
+    }
+    run = compile_model(make_model(nodes, {"x": (np.float32, ["n", 4])}, {"y": np.float32}, constants))
+    for size in (1, 3, 5):
+        x = np.random.default_rng(size).standard_normal((size, 4)).astype(np.float32)
+        total = (x + 2 * constants["table"][:size]).astype(np.float64)
+        centered = total - total.mean(1, keepdims=True)
+        expected = centered / np.sqrt((centered**2).mean(1, keepdims=True) + 1e-5)
+        np.testing.assert_allclose(run(x)[0], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError):
+        run(np.ones((6, 4), np.float32))

@@ -3,6 +3,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as oir
+import pytest
+
+from optc.errors import InvalidModelError
 
 Canonical = Callable[..., oir.Model]
 Find = Callable[[oir.Model, str], oir.Value]
@@ -27,6 +30,27 @@ def test_if_keeps_what_both_branches_agree_on(canonical: Canonical, value: Find)
     assert width == "4"
     assert size not in ("n", "m")
     assert texts(value(model, "a")) == ["n", "4"]
+
+
+IMPOSSIBLE = """
+    g (bool c, float[2,4] x) => (float[] y)
+    {{
+        y = If(c) <then_branch = t () => (float[] a) {{ {then} }},
+                   else_branch = e () => (float[] b) {{
+            k = Constant<value_ints = [0]>() q = Squeeze(x, k) b = Neg(q) }}>
+    }}
+    """
+
+
+def test_a_branch_that_cannot_run_at_these_sizes_has_no_say(canonical: Canonical, value: Find) -> None:
+    model = canonical(IMPOSSIBLE.format(then="a = Relu(x)"))
+    assert texts(value(model, "y")) == ["2", "4"]
+    assert value(model, "q").shape is None
+
+
+def test_two_branches_that_cannot_run_are_an_error(canonical: Canonical) -> None:
+    with pytest.raises(InvalidModelError, match="Squeeze"):
+        canonical(IMPOSSIBLE.format(then="j = Constant<value_ints = [1]>() p = Squeeze(x, j) a = Neg(p)"))
 
 
 def test_if_with_an_unknown_branch_is_unknown(canonical: Canonical, value: Find) -> None:

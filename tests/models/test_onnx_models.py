@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 import optc
 from optc import sample, verification
 from optc.driver import specs
-from optc.errors import UnsupportedModelError
 from optc.ir import serialize
 
 pytestmark = pytest.mark.models
@@ -22,6 +21,7 @@ OCR = {
 }
 STATIC = ["exported/resnet50.onnx", "exported/mobilenetv2.onnx", "exported/bert_6.onnx", "exported/vit_base.onnx"]
 SILERO = {
+    "silero/silero_vad.onnx": ("input", ["state"], (1, 576), True),
     "silero/silero_vad_16k_op15.onnx": ("input", ["state"], (1, 576), True),
     "silero/silero_vad_half.onnx": ("input", ["state"], (1, 576), False),
     "silero/silero_vad_op18_ifless.onnx": ("input", ["state"], (1, 576), True),
@@ -56,8 +56,8 @@ def test_one_artifact_serves_all_sizes(compiled, reference, relative_error, name
 @pytest.mark.parametrize("name", STATIC)
 def test_fixed_models(compiled, reference, relative_error, model_path, name):
     model = compiled(name)
-    limits = verification.integer_limits(optc.capture(model_path(name)))
-    inputs = sample.random_inputs(model.inputs, seed=1, integer_limits=limits)
+    choices = verification.integer_choices(optc.capture(model_path(name)))
+    inputs = sample.random_inputs(model.inputs, seed=1, integers=choices)
     expected = reference(name)(inputs)
     for output, found in model.run(inputs).items():
         assert relative_error(found, expected[output]) <= LIMIT
@@ -72,9 +72,7 @@ def test_a_stateful_model_follows_the_reference_over_100_chunks(model_path, refe
     except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
         pytest.skip(f"not a legal model: {error}")
     audio, states, shape, has_rate = SILERO[name]
-    # Traced conditions on sizes decide the rank of what follows, so the sizes are fixed.
-    fixed = {"input": [1, 576], "state": [2, 1, 128]} if "state" in states else None
-    model = optc.compile(model_path(name), input_shapes=fixed, verify=False).model()
+    model = optc.compile(model_path(name), verify=False).model()
     by_name = {spec.name: spec for spec in model.inputs}
     ours, theirs = ({s: _zeros(by_name[s]) for s in states} for _ in range(2))
     generator = np.random.default_rng(0)
@@ -93,9 +91,20 @@ def test_a_stateful_model_follows_the_reference_over_100_chunks(model_path, refe
     assert worst <= LIMIT
 
 
-def test_a_rank_that_depends_on_a_size_is_refused_by_name(model_path):
-    with pytest.raises(UnsupportedModelError, match=r"If '.*different rank"):
-        optc.compile(model_path("silero/silero_vad_half.onnx"))
+@pytest.mark.xdist_group("silero")
+def test_rate_and_batch_choose_among_branches_at_run_time(model_path, reference, relative_error):
+    name = "silero/silero_vad.onnx"
+    model = optc.compile(model_path(name), verify=False).model()
+    generator = np.random.default_rng(0)
+    for rate, length, batch in ((16000, 576, 1), (8000, 288, 1), (8000, 288, 3), (16000, 576, 2)):
+        inputs = {
+            "input": generator.standard_normal((batch, length)).astype(np.float32),
+            "state": generator.standard_normal((2, batch, 128)).astype(np.float32),
+            "sr": np.array(rate, np.int64),
+        }
+        expected = reference(name)(inputs)
+        for output, found in model.run(inputs).items():
+            assert relative_error(found, expected[output]) <= LIMIT, (rate, batch, output)
 
 
 def _zeros(spec):
@@ -110,8 +119,8 @@ def test_the_optimized_graph_is_portable(model_path, reference, relative_error, 
     onnx.checker.check_model(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     original = optc.capture(model_path(name))
-    limits = verification.integer_limits(original)
-    inputs = sample.random_inputs(specs(original.graph.inputs), integer_limits=limits)
+    choices = verification.integer_choices(original)
+    inputs = sample.random_inputs(specs(original.graph.inputs), integers=choices)
     if name in OCR:
         inputs = {"x": text_image(OCR[name][0])}
     expected = reference(name)(inputs)

@@ -6,8 +6,8 @@ import onnxruntime
 import pytest
 
 import optc
-from optc.driver import Trace
-from optc.errors import AccuracyError, UnsupportedModelError, UsageError
+from optc.driver import Trace, verify_artifact
+from optc.errors import AccuracyError, NoLegalInputsError, UnsupportedModelError, UsageError
 
 
 def expected(path, x):
@@ -110,3 +110,23 @@ def test_an_artifact_for_another_machine_says_it_was_not_run(mlp):
 def test_an_unknown_target_is_a_usage_error(mlp, name):
     with pytest.raises(UsageError, match="target"):
         optc.compile(mlp, target=name)
+
+
+RESHAPE = """<ir_version: 10, opset_import: ["": 20]>
+g (float[n, c] x) => (float[a, b] y) <int64[2] shape = {%s}> { y = Reshape(x, shape) }"""
+
+
+def test_random_sizes_are_tried_until_the_reference_accepts_some():
+    artifact = optc.compile(oir.from_onnx_text(RESHAPE % "512, 1"))
+    assert artifact.report["verification"]["dims"] == {"n": 1, "c": 512}
+
+
+def test_a_model_that_refuses_all_random_sizes_is_compiled_but_not_called_verified():
+    model = oir.from_onnx_text(RESHAPE % "3, 7")
+    artifact = optc.compile(model)
+    assert "refuses random inputs" in artifact.report["verification"]
+    x = np.ones((7, 3), np.float32)
+    assert artifact.model().run({"x": x})["y"].shape == (3, 7)
+    with pytest.raises(NoLegalInputsError, match="refuses") as raised:
+        verify_artifact(artifact.model(), model)
+    assert raised.value.exit_code == 2

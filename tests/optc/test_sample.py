@@ -27,7 +27,7 @@ def test_the_same_seed_gives_the_same_inputs():
 
 
 def test_integers_stay_below_their_limit():
-    ids = random_inputs(SPECS, dims={"length": 500}, integer_limits={"ids": 9})["ids"]
+    ids = random_inputs(SPECS, dims={"length": 500}, integers={"ids": range(9)})["ids"]
     assert ids.min() >= 0
     assert ids.max() == 8
 

@@ -65,7 +65,14 @@ def test_vocabulary_limits_integer_inputs():
     g (int64[n] ids, int64[n] other) => (float[n,4] y, int64[n] z)
     <float[7,4] table = {0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0}>
     { c = Cast<to=6>(ids) y = Gather(table, c) z = Identity(other) }"""
-    assert verification.integer_limits(oir.from_onnx_text(text)) == {"ids": 7}
+    assert verification.integer_choices(oir.from_onnx_text(text)) == {"ids": range(7)}
+
+
+def test_an_integer_that_is_compared_with_constants_is_one_of_them():
+    text = """<ir_version: 10, opset_import: ["": 20]>
+    g (int64 rate, float[n] x) => (bool y, bool z)
+    <int64 a = {16000}, int64 b = {8000}> { y = Equal(rate, a) z = Equal(b, rate) }"""
+    assert verification.integer_choices(oir.from_onnx_text(text)) == {"rate": [8000, 16000]}
 
 
 def test_an_unknown_reference_is_a_usage_error():
