@@ -67,4 +67,4 @@ def gather(
         weight = weight * w
         checks += [] if condition is None else [condition]
     value = a(*lead, *where).astype(dtype) * weight.astype(dtype)
-    return tirx.Select(tirx.all(*checks), value, tirx.const(0, dtype)) if checks else value
+    return tirx.if_then_else(tirx.all(*checks), value, tirx.const(0, dtype)) if checks else value

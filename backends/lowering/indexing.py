@@ -125,7 +125,7 @@ def trilu(site: Site) -> Any:
     def compute(a: Any) -> Any:
         def element(*i: Any) -> Any:
             keep = i[-1] - i[-2] >= offset if upper else i[-1] - i[-2] <= offset
-            return tirx.Select(keep, a(*i), scalar(0, str(a.dtype)))
+            return tirx.if_then_else(keep, a(*i), scalar(0, str(a.dtype)))
 
         return te.compute(a.shape, element)
 

@@ -179,7 +179,7 @@ def _resize_axis(site: Site, x: Any, axis: Axis, mode: str, transform: str, scal
         def element(*at: Any) -> Any:
             where = coordinate(params, at[axis.axis])
             far = tirx.any(where < real(0), where > (as_index(axis.size) - 1).astype("float32"))
-            return tirx.Select(far, tirx.const(fill, "float32").astype(str(a.dtype)), a(*at))
+            return tirx.if_then_else(far, tirx.const(fill, "float32").astype(str(a.dtype)), a(*at))
 
         return te.compute(out_shape, element, "extrapolate")
 

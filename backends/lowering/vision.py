@@ -246,7 +246,7 @@ def _bilinear(image: Any, shape: list[Any], n: Any, c: Any, at: list[Any]) -> li
     for i, y in enumerate((low[0], high[0])):
         for j, x in enumerate((low[1], high[1])):
             pixel = vector_math.convert(image[n, c, y, x], "float32")
-            terms.append(tirx.Select(tirx.all(*valid), weights[0][i] * weights[1][j] * pixel, real(0)))
+            terms.append(tirx.if_then_else(tirx.all(*valid), weights[0][i] * weights[1][j] * pixel, real(0)))
     return terms
 
 
