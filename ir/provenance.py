@@ -9,6 +9,7 @@ import onnx_ir as oir
 SOURCE = "optc.source"
 MADE_BY = "optc.made_by"
 _SEPARATOR = " | "
+_SHOWN = 3
 
 
 def stamp(node: oir.Node, source: str) -> None:
@@ -40,4 +41,7 @@ def describe(node: oir.Node) -> str:
     domain = f"{node.domain}." if node.domain else ""
     text = f"{domain}{node.op_type} '{node.name or ''}'"
     origin = [s for s in sources(node) if s != node.name]
-    return f"{text} (from {', '.join(origin)})" if origin else text
+    if not origin:
+        return text
+    more = f" and {len(origin) - _SHOWN} more" if len(origin) > _SHOWN else ""
+    return f"{text} (from {', '.join(origin[:_SHOWN])}{more})"

@@ -16,7 +16,7 @@ import optc
 from optc import sample, verification
 from optc.backends.artifact import Artifact, build_artifact
 from optc.backends.base import Build, Target
-from optc.errors import NoLegalInputsError, OptcError
+from optc.errors import NoLegalInputsError, UnsupportedModelError
 from optc.passes import fuse, pipeline
 from optc.passes.observer import Observer, PassRecord
 from optc.runtime.format import TensorSpec
@@ -91,8 +91,8 @@ def compile(
     original = model.clone() if verify else None
     with trace.stage("optimize"):
         trace.passes = pipeline.run(model, disable=disable_passes, observers=observers)
-    inputs_spec, outputs_spec = specs(model.graph.inputs), specs(model.graph.outputs)
     resolved, build = _build(model, target, trace)
+    inputs_spec, outputs_spec = specs(model.graph.inputs), specs(model.graph.outputs)
     with trace.stage("pack"):
         artifact = build_artifact(
             inputs=inputs_spec,
@@ -167,12 +167,14 @@ def backend(target: Target, progress: Progress | None = None) -> Any:
 
 
 def specs(values: Sequence[oir.Value]) -> list[TensorSpec]:
-    """Return the artifact's description of inputs or outputs."""
+    """Return the artifact's description of inputs or outputs. Raises UnsupportedModelError for an unknown rank."""
     result = []
     for value in values:
         if value.dtype is None or value.shape is None:
-            shape: tuple[int | str, ...] = ()
-            raise OptcError(f"'{value.name}' has no known type and rank {shape}")
+            raise UnsupportedModelError(
+                f"'{value.name}': the rank cannot be told from the model",
+                hint="fix the sizes that it depends on with --input-shape or --dim",
+            )
         dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
         result.append(TensorSpec(str(value.name), value.dtype.numpy().name, dims))
     return result

@@ -209,14 +209,15 @@ class _Sweep:
             node.name = node.name or self.namer.fresh(f"{anchor.name}/{node.op_type}")
             for output in node.outputs:
                 output.name = output.name or self.namer.fresh(f"{node.name}.out")
-            provenance.inherit(node, [node, anchor], made_by=rule_name)
         for old, new in zip(anchor.outputs, rewrite.values, strict=True):
             inherit_type(old, new)
         self.typer.infer(ops.nodes)
         graph.insert_before(anchor, ops.nodes)
         for old, new in zip(anchor.outputs, rewrite.values, strict=True):
             replace_value(graph, old, new, self.namer)
-        remove_dead([anchor])
+        replaced = remove_dead([anchor])[::-1]
+        for node in ops.nodes:
+            provenance.inherit(node, [node, *replaced], made_by=rule_name)
 
 
 class Namer:
@@ -293,13 +294,13 @@ def replace_value(graph: oir.Graph, old: oir.Value, new: oir.Value, namer: Namer
     oir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def remove_dead(nodes: Iterable[oir.Node | None]) -> int:
-    """Remove those of ``nodes`` that nothing uses any more, and their producers in turn; return how many.
+def remove_dead(nodes: Iterable[oir.Node | None]) -> list[oir.Node]:
+    """Remove those of ``nodes`` that nothing uses any more, and their producers in turn; return what was removed.
 
     A use inside a subgraph is a use. Initializers that lose their last use go too.
     """
     stack = [node for node in nodes if node is not None]
-    removed = 0
+    removed: list[oir.Node] = []
     while stack:
         node = stack.pop()
         if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
@@ -308,7 +309,7 @@ def remove_dead(nodes: Iterable[oir.Node | None]) -> int:
         for graph in subgraphs(node):
             _detach(graph)
         node.graph.remove(node, safe=True)
-        removed += 1
+        removed.append(node)
         for value in inputs:
             maker = value.producer()
             if maker is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import onnx_ir as oir
@@ -92,10 +92,8 @@ def _attribute_key(attribute: oir.Attr) -> Hashable:
     if attribute.type == oir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()
         return (tensor.dtype, tuple(tensor.shape), _digest(tensor.numpy()))
-    if isinstance(value, Hashable):
-        # 1.0 and 1 are equal for Python, and so are 0.0 and -0.0.
-        return (attribute.type, repr(value))
-    return (attribute.type, repr(list(value)))
+    # As text, because 1.0 and 1 are equal for Python, and so are 0.0 and -0.0.
+    return (attribute.type, repr(list(value) if isinstance(value, Sequence) else value))
 
 
 def _digest(array: np.ndarray) -> bytes:

@@ -31,7 +31,7 @@ class DeadCode(Pass):
     def _graph(self, graph: oir.Graph, fired: Counter[str]) -> None:
         for node in reversed(graph):
             if removed := remove_dead([node]):
-                fired["unused node"] += removed
+                fired["unused node"] += len(removed)
                 continue
             fired["unused output"] += _drop_outputs(node)
             for subgraph in subgraphs(node):

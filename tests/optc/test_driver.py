@@ -130,3 +130,10 @@ def test_a_model_that_refuses_all_random_sizes_is_compiled_but_not_called_verifi
     with pytest.raises(NoLegalInputsError, match="refuses") as raised:
         verify_artifact(artifact.model(), model)
     assert raised.value.exit_code == 2
+
+
+def test_an_output_that_is_no_tensor_is_refused_by_name():
+    text = """<ir_version: 10, opset_import: ["": 20]>
+    g (float[n, 4] x) => (seq(float[2, 4]) parts) { parts = SplitToSequence(x) }"""
+    with pytest.raises(UnsupportedModelError, match=r"'parts': type Sequence.*cannot be an output"):
+        optc.compile(oir.from_onnx_text(text))

@@ -34,6 +34,12 @@ def split_abs(node: oir.Node, ops: Ops) -> Outcome:
     return Rewrite([ops("Add", ops("Relu", x), ops("Relu", ops("Neg", x)))])
 
 
+@rule("relu(neg(x)) => abs(x)", "Relu")
+def join_two(node: oir.Node, ops: Ops) -> Outcome:
+    inner = producer(node.inputs[0], "Neg")
+    return Rewrite([ops("Abs", inner.inputs[0])]) if inner is not None else None
+
+
 @rule("refuse", ANY)
 def refuse(node: oir.Node, ops: Ops) -> Outcome:
     ops("Relu", node.inputs[0])
@@ -164,3 +170,10 @@ def test_a_replacement_keeps_the_more_precise_shape(build):
     model.graph.node("n2").outputs[0].shape = oir.Shape([7, 3])
     RewritePass("p", [double_neg]).call(model)
     assert model.graph.node("n0").outputs[0].shape == [7, 3]
+
+
+def test_a_node_that_replaces_several_names_them_all(build):
+    model = build("(float[b,3] x) => (float[b,3] y) { a = Neg(x) y = Relu(a) }")
+    RewritePass("p", [join_two]).call(model)
+    (node,) = model.graph
+    assert provenance.sources(node) == ("n0", "n1")
