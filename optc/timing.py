@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 
@@ -31,6 +31,12 @@ class Timing:
         return {"name": self.name, "median_ms": self.median, **percentiles, "runs": len(self.samples)}
 
 
+PAUSE = 0.02
+"""Seconds between contestants: the thread pool of the last one spins for work for a while before it sleeps."""
+BLOCK = 0.05
+"""Seconds that a contestant runs for in one turn, at least one run."""
+
+
 def alternate(
     contestants: Mapping[str, Callable[[], object]],
     *,
@@ -41,7 +47,8 @@ def alternate(
 ) -> list[Timing]:
     """Run all contestants in turns for ``seconds`` in all (at least ``min_runs`` turns) after ``warmup`` turns.
 
-    Turns cancel the drift of a machine's clock and of its other tenants.
+    Turns cancel the drift of a machine's clock and of its other tenants. In each, a contestant has the machine for
+    itself: a pause, one run that is not counted, then a block of runs that are.
     """
     for _ in range(warmup):
         for function in contestants.values():
@@ -51,9 +58,14 @@ def alternate(
     turns = 0
     while turns < min_runs or perf_counter() - start < seconds:
         for name, function in contestants.items():
-            begin = perf_counter()
+            sleep(PAUSE)
             function()
-            samples[name].append((perf_counter() - begin) * 1e3)
+            begin = end = perf_counter()
+            while end - begin < BLOCK:
+                last = end
+                function()
+                end = perf_counter()
+                samples[name].append((end - last) * 1e3)
         turns += 1
         progress(min(1.0, (perf_counter() - start) / max(seconds, 1e-9)))
     return [Timing(name, tuple(values)) for name, values in samples.items()]

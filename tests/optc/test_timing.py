@@ -1,14 +1,14 @@
 from time import sleep
 
-from optc.timing import Timing, alternate
+from optc.timing import BLOCK, Timing, alternate
 
 
 def test_contestants_take_turns():
     calls = []
-    timings = alternate(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0.0, warmup=1, min_runs=3
-    )
-    assert calls == ["a", "b"] * 4
+    contestants = {name: lambda name=name: (calls.append(name), sleep(BLOCK)) for name in "ab"}
+    timings = alternate(contestants, seconds=0.0, warmup=1, min_runs=3)
+    # Warm-up, then in each turn one run that does not count and one that fills the block.
+    assert calls == ["a", "b"] + ["a", "a", "b", "b"] * 3
     assert [len(t.samples) for t in timings] == [3, 3]
 
 
