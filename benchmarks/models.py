@@ -175,8 +175,9 @@ def page(results: dict[str, dict[str, object]]) -> str:
         "",
         f"{cpu.group(1) if cpu else platform.machine()}, {threads} cores. `make bench` writes this page.",
         "Times are medians in milliseconds of alternating runs in one process; kernels are not tuned. Errors are",
-        "relative to the output's largest magnitude: the worst output, for each input size of the one artifact, against",
-        "onnxruntime, or onnx's reference evaluator where the two differ (onnxruntime's Sigmoid is off far below zero).",
+        "relative to the output's largest magnitude: the worst output, for each input size of the one artifact,",
+        "against onnxruntime, or against onnx's reference evaluator where those two differ (onnxruntime's Sigmoid is",
+        "off far below zero).",
         "",
         "| model | compile | worst error | optc / onnxruntime / openvino, 1 thread | "
         f"{threads} threads | nodes: optc / onnxruntime | peak memory | weights + activations |",

@@ -3,9 +3,11 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 
 import optc
+from optc.ir import serialize
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 pytestmark = [pytest.mark.models, pytest.mark.xdist_group("torch")]
@@ -68,6 +70,27 @@ def test_minilm_embeds_fifty_lengths_from_one_artifact(minilm):
             expected = module(ids, mask)
         found = model.run(dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))[model.outputs[0].name]
         assert cosine(found, expected) >= 0.99999
+
+
+def test_the_optimized_graphs_are_portable(minilm, relative_error, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    torch.manual_seed(0)
+    embedder, encoded = minilm
+    length, batch = torch.export.Dim("length", min=2, max=512), torch.export.Dim("batch")
+    cases = {
+        "MiniLM": (embedder, (encoded[5], torch.ones_like(encoded[5])), ({1: length}, {1: length})),
+        "tagger": (Tagger().eval(), (torch.randint(0, 50, (3, 11)),), None),
+        "CNN": (Cnn().eval(), (torch.randn(2, 3, 20, 24),), ({0: batch},)),
+    }
+    for name, (module, example, shapes) in cases.items():
+        path = tmp_path / f"{name}.onnx"
+        serialize.save(optc.optimize(module, example, dynamic_shapes=shapes), path)
+        onnx.checker.check_model(path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), example, strict=True)}
+        with torch.no_grad():
+            expected = module(*example).numpy()
+        assert relative_error(session.run(None, feeds)[0], expected) <= 1e-4, name
 
 
 def test_minilm_through_torch_compile(minilm):
