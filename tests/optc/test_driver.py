@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 
 import optc
+from optc import verification
 from optc.driver import Trace, verify_artifact
 from optc.errors import AccuracyError, NoLegalInputsError, UnsupportedModelError, UsageError
 
@@ -137,3 +138,20 @@ def test_an_output_that_is_no_tensor_is_refused_by_name():
     g (float[n, 4] x) => (seq(float[2, 4]) parts) { parts = SplitToSequence(x) }"""
     with pytest.raises(UnsupportedModelError, match=r"'parts': type Sequence.*cannot be an output"):
         optc.compile(oir.from_onnx_text(text))
+
+
+def test_a_second_reference_that_cannot_run_the_model_leaves_the_first_opinion(mlp, monkeypatch):
+    original, model = optc.capture(mlp), optc.compile(mlp).model()
+    first = verification.reference
+
+    def references(captured, prefer=None):
+        def fail(inputs):
+            raise TypeError
+
+        return ("evaluator", fail) if prefer == "onnx" else first(captured, prefer)
+
+    monkeypatch.setattr(verification, "reference", references)
+    result = verify_artifact(model, original, tolerance=-1.0)
+    assert "cannot run it: TypeError" in result.reference
+    with pytest.raises(AccuracyError):
+        result.require(-1.0)
