@@ -26,12 +26,21 @@ def dtype_of(value: Expr) -> str:
     return str(value.ty.dtype)
 
 
+_CARRIERS = {"int32": "float32", "uint32": "float32", "int64": "float64", "uint64": "float64"}
+"""What integers are bound as: TVM's NarrowDataType fails where it finds two bounds for an integer that is bound in an
+expression, one before and one after simplification. The bits stay as they are, in a vector register."""
+
+
 def bind(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
     """Return ``body(value)`` with ``value`` evaluated once."""
     if isinstance(value, tirx.IntImm | tirx.FloatImm | tirx.Var):
         return body(value)
-    variable = tirx.Var("t", dtype_of(value))
-    return tirx.Let(variable, value, body(variable))
+    dtype = dtype_of(value)
+    carrier = _CARRIERS.get(dtype, dtype)
+    variable = tirx.Var("t", carrier)
+    if carrier == dtype:
+        return tirx.Let(variable, value, body(variable))
+    return tirx.Let(variable, tirx.reinterpret(carrier, value), body(tirx.reinterpret(dtype, variable)))
 
 
 def f32(value: float) -> Expr:

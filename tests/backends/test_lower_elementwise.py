@@ -415,3 +415,24 @@ def test_sizes_that_are_one_only_together_are_not_stretched(compile_model, make_
         np.testing.assert_allclose(run(x)[0], expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(RuntimeError):
         run(np.ones((6, 4), np.float32))
+
+
+def test_buckets_of_relative_positions(compile_model, make_model):
+    """As in T5: integers through a logarithm and back, in one kernel."""
+    nodes = [
+        helper.make_node("Sub", ["x", "column"], ["distance"]),
+        helper.make_node("Abs", ["distance"], ["far"]),
+        helper.make_node("Cast", ["far"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("Log", ["real"], ["log"]),
+        helper.make_node("Cast", ["log"], ["bucket"], to=TensorProto.INT64),
+        helper.make_node("Min", ["bucket", "four"], ["capped"]),
+        helper.make_node("Less", ["far", "eight"], ["near"]),
+        helper.make_node("Where", ["near", "far", "capped"], ["y"]),
+    ]
+    constants = {"four": np.array(4), "eight": np.array(8)}
+    inputs = {"x": (np.int64, [1, "n"]), "column": (np.int64, ["n", 1])}
+    run = compile_model(make_model(nodes, inputs, {"y": np.int64}, constants))
+    positions = np.arange(70)
+    far = np.abs(positions[None] - positions[:, None])
+    expected = np.where(far < 8, far, np.minimum(np.log(np.maximum(far, 1)).astype(np.int64), 4))
+    np.testing.assert_array_equal(run(positions[None], positions[:, None])[0], expected)
