@@ -13,7 +13,7 @@ from onnx_shape_inference import ShapeInferenceContext
 
 from optc.errors import InvalidModelError
 from optc.ir import provenance
-from optc.ir.dims import Dim, maximum
+from optc.ir.dims import Dim
 
 Corrections = dict[int, oir.Shape | None]
 Correction = Callable[[ShapeInferenceContext, oir.Node], Corrections]
@@ -30,11 +30,11 @@ def correct(context: ShapeInferenceContext, node: oir.Node, before: Sequence[oir
             context.set_shape(node.outputs[index], shape)
 
 
-def broadcast(node: oir.Node, shapes: Iterable[Iterable[Dim]]) -> list[Dim]:
+def broadcast(context: ShapeInferenceContext, node: oir.Node, shapes: Iterable[Iterable[Dim]]) -> list[Dim]:
     """Return the multidirectional broadcast of ``shapes``. Raises InvalidModelError if they do not fit.
 
     Where two different symbolic dimensions meet, the size is ``Max(a, b)``: right for every legal pair, since
-    legal sizes are equal or one of them is 1.
+    legal sizes are equal or one of them is 1. A Max of a Max gets a name of its own.
     """
     result: list[Dim] = []
     for shape in shapes:
@@ -42,11 +42,11 @@ def broadcast(node: oir.Node, shapes: Iterable[Iterable[Dim]]) -> list[Dim]:
         width = max(len(dims), len(result))
         dims[:0] = [1] * (width - len(dims))
         result[:0] = [1] * (width - len(result))
-        result = [_broadcast_dim(node, a, b) for a, b in zip(result, dims, strict=True)]
+        result = [_broadcast_dim(context, node, a, b) for a, b in zip(result, dims, strict=True)]
     return result
 
 
-def _broadcast_dim(node: oir.Node, a: Dim, b: Dim) -> Dim:
+def _broadcast_dim(context: ShapeInferenceContext, node: oir.Node, a: Dim, b: Dim) -> Dim:
     if a == b or b == 1:
         return a
     if a == 1:
@@ -57,7 +57,7 @@ def _broadcast_dim(node: oir.Node, a: Dim, b: Dim) -> Dim:
         return a
     if isinstance(b, int):
         return b
-    return maximum(a, b)
+    return context.larger(a, b)  # type: ignore[no-any-return]
 
 
 def _elementwise(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
@@ -70,7 +70,7 @@ def _elementwise(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
         return {}
     if node.outputs[0].shape is not None and not _symbols_differ(shapes):
         return {}
-    return {0: oir.Shape(broadcast(node, shapes))}
+    return {0: oir.Shape(broadcast(context, node, shapes))}
 
 
 def _symbols_differ(shapes: Iterable[oir.Shape]) -> bool:
@@ -87,7 +87,7 @@ def _matmul(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
     a, b = (v.shape if v is not None else None for v in (node.inputs[0], node.inputs[_MATMUL_B[node.op_type]]))
     if a is None or b is None or min(len(a), len(b)) < 3 or not _symbols_differ([_batch(a), _batch(b)]):
         return {}
-    return {0: oir.Shape([*broadcast(node, [_batch(a), _batch(b)]), a[-2], b[-1]])}
+    return {0: oir.Shape([*broadcast(context, node, [_batch(a), _batch(b)]), a[-2], b[-1]])}
 
 
 _MATMUL_B = {"MatMul": 1, "MatMulInteger": 1, "QLinearMatMul": 3}
@@ -106,7 +106,7 @@ def _expand(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
     if data.shape is None:
         return {0: None}
     if sizes is not None:
-        return {0: oir.Shape(broadcast(node, [data.shape, sizes]))}
+        return {0: oir.Shape(broadcast(context, node, [data.shape, sizes]))}
     return {} if length is None else {0: _fresh(context, max(length, len(data.shape)))}
 
 

@@ -11,6 +11,8 @@ Shape objects may be shared between values: replace ``value.shape``, never edit 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as oir
 from onnx_shape_inference import (
     SYM_DATA_KEY,
@@ -29,6 +31,7 @@ from optc.ir.dims import (
     canonical,
     dim_names,
     from_expr,
+    maximum,
     name_input_dims,
     names,
     subgraphs,
@@ -66,6 +69,10 @@ def contents(model: oir.Model) -> dict[oir.Value, tuple[Dim, ...]]:
 class _Context(ShapeInferenceContext):  # type: ignore[misc]  # the library is not typed for mypy
     """The state of one inference. Dimensions are kept in the language of ``optc.ir.dims``."""
 
+    def __init__(self, opset_imports: Mapping[str, int], policy: str) -> None:
+        super().__init__(opset_imports, policy=policy)
+        self.named_maxima: dict[frozenset[str], Dim] = {}
+
     def set_shape(self, value: oir.Value, shape: oir.Shape) -> bool:
         return bool(super().set_shape(value, oir.Shape(canonical(shape.dims))))
 
@@ -79,6 +86,19 @@ class _Context(ShapeInferenceContext):  # type: ignore[misc]  # the library is n
             for value, data in self._symbolic_values.items()
             if not any(self.is_generated_symbol(name) for dim in data for name in names(str(dim)))
         }
+
+    def larger(self, a: Dim, b: Dim) -> Dim:
+        """Return the larger of two dimensions; the same name for the same two.
+
+        Each Max around a Max takes sympy several times as long as the one before, and traced models nest them as
+        deep as they have layers. So these get a name instead, and nothing is known of them.
+        """
+        if "Max(" not in f"{a}{b}":
+            return maximum(a, b)
+        key = frozenset((str(a), str(b)))
+        if key not in self.named_maxima:
+            self.named_maxima[key] = self.new_symbolic_dim()
+        return self.named_maxima[key]
 
     def add_symbolic_equality(self, a: Dim | str, b: Dim | str) -> None:
         """Record nothing: this inference never renames dimensions."""

@@ -230,3 +230,13 @@ def test_symbolic_shapes_hold_for_the_node_tests_of_onnx() -> None:
                         wrong.append(f"{case.name}: {value.shape} for {array.shape} with {sizes}")
     assert wrong == []
     assert known > 2500
+
+
+def test_a_maximum_of_maxima_gets_a_name(canonical, value) -> None:
+    """Written out, it takes time exponential in the number of layers."""
+    layers = "".join(f"x{i + 1} = Add(x{i}, w{i})\n" for i in range(30))
+    inputs = ", ".join(f"float[a{i}] w{i}" for i in range(30))
+    model = canonical(f"g (float[n] x0, {inputs}) => (float[] y) {{ {layers} y = Neg(x30) }}")
+    (size,) = value(model, "y").shape
+    assert "Max" not in str(size)
+    assert "Max" in str(value(model, "x1").shape[0])
