@@ -10,11 +10,11 @@ from optc.errors import UsageError
 from optc.runtime.dtypes import numpy_dtype
 from optc.runtime.format import TensorSpec
 
-SIZES = ((2, 64, 64), (1, 64, 64), (1, 1, 512), (1, 1, 576), (1, 1, 1))
+SIZES = ((2, 64, 64), (1, 64, 64), (1, 1, 512), (1, 1, 1))
 """Sizes to try, in this order: of a symbolic first dimension, of one in the middle, of a last one (or the only one).
 
-Most models take the first; 64 is a multiple of the strides that convolutions have. Audio models want frames of 512
-samples, some with 64 of the frame before, and keep their state in tensors with the batch in the middle."""
+Most models take the first; 64 is a multiple of the strides that convolutions have. Audio wants frames of some hundred
+samples, and recurrent state has the batch in the middle."""
 
 
 def default_dims(specs: Sequence[TensorSpec], sizes: tuple[int, int, int] = SIZES[0]) -> dict[str, int]:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnxruntime
 import pytest
 import tvm
 from onnx import helper
+from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
 from optc.backends.cpu.build import CpuBackend, generate
@@ -72,3 +75,39 @@ def make_model() -> Callable[..., onnx.ModelProto]:
         return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
     return make
+
+
+@pytest.fixture
+def check(compile_model: Callable[[onnx.ModelProto], Run]) -> Callable[..., None]:
+    """Return a function that compiles a model in text form once, and runs it on each set of inputs.
+
+    Results must equal those of onnxruntime, or of onnx's reference evaluator, exactly unless a tolerance is given.
+    """
+
+    def check_(
+        text: str,
+        *feeds: Sequence[np.ndarray],
+        opset: int = 21,
+        evaluator: bool = False,
+        rtol: float = 0.0,
+        atol: float = 0.0,
+    ) -> None:
+        header = f'<ir_version: 10, opset_import: ["" : {opset}]>'
+        model = onnx.parser.parse_model(header + text.replace("'", '"'))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        reference = (
+            ReferenceEvaluator(model) if evaluator else onnxruntime.InferenceSession(model.SerializeToString(), options)
+        )
+        names = [i.name for i in model.graph.input]
+        run = compile_model(model)
+        for feed in feeds:
+            expected = reference.run(None, dict(zip(names, feed, strict=True)))
+            for a, b in zip(run(*feed), expected, strict=True):
+                assert (a.dtype, a.shape) == (b.dtype, b.shape)
+                if rtol or atol:
+                    np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+                else:
+                    np.testing.assert_array_equal(a, b)
+
+    return check_

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx.parser
-import onnxruntime as ort
 import pytest
-from onnx.reference import ReferenceEvaluator
 
 from optc.errors import UnsupportedModelError
 
@@ -17,28 +15,6 @@ X = np.arange(24, dtype="f4").reshape(2, 3, 4)
 def parse(text: str, opset: int = 21) -> onnx.ModelProto:
     header = f'<ir_version: 10, opset_import: ["" : {opset}]>'
     return onnx.parser.parse_model(header + text.replace("'", '"'))
-
-
-@pytest.fixture
-def check(compile_model):
-    def check_(text, *feeds, opset=21, evaluator=False, atol=0.0):
-        model = parse(text, opset)
-        names = [i.name for i in model.graph.input]
-        if evaluator:
-            session = ReferenceEvaluator(model)
-        else:
-            options = ort.SessionOptions()
-            options.log_severity_level = 4
-            session = ort.InferenceSession(model.SerializeToString(), options)
-        run = compile_model(model)
-        for feed in feeds:
-            want = session.run(None, dict(zip(names, feed, strict=True)))
-            for a, b in zip(run(*feed), want, strict=True):
-                assert a.dtype == b.dtype
-                assert a.shape == b.shape
-                np.testing.assert_allclose(a, b, rtol=0, atol=atol)
-
-    return check_
 
 
 def test_gather(check):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx.parser
-import onnxruntime as ort
 import pytest
 
 from optc.backends.lowering import TABLE
@@ -24,22 +23,6 @@ def kernels(text: str) -> list[str]:
     """Return the names of the kernels that a model is lowered to."""
     module = lower(load(parse(text)), TABLE).module
     return sorted(str(v.name_hint) for v in module.functions if str(v.name_hint) != "main")
-
-
-@pytest.fixture
-def check(compile_model):
-    def check_(text, *feeds):
-        model = parse(text)
-        session = ort.InferenceSession(model.SerializeToString())
-        run = compile_model(model)
-        for feed in feeds:
-            names = [i.name for i in session.get_inputs()]
-            want = session.run(None, dict(zip(names, feed, strict=True)))
-            for a, b in zip(run(*feed), want, strict=True):
-                assert a.dtype == b.dtype
-                np.testing.assert_array_equal(a, b)
-
-    return check_
 
 
 CONSTANTS = """i0 = Constant<value_ints = [0]>() i1 = Constant<value_ints = [1]>() i2 = Constant<value_ints = [2]>()

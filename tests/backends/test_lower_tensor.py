@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx.parser
-import onnxruntime as ort
 import pytest
 
 from optc.errors import UnsupportedModelError
@@ -16,26 +15,6 @@ X = np.arange(24, dtype="f4").reshape(2, 3, 4)
 def parse(text: str, opset: int = 21) -> onnx.ModelProto:
     header = f'<ir_version: 10, opset_import: ["" : {opset}]>'
     return onnx.parser.parse_model(header + text.replace("'", '"'))
-
-
-@pytest.fixture
-def check(compile_model):
-    """Compile a model in text form once, run it on each set of inputs, compare exactly with onnxruntime."""
-
-    def check_(text, *feeds, opset=21):
-        model = parse(text, opset)
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        session = ort.InferenceSession(model.SerializeToString(), options)
-        run = compile_model(model)
-        for feed in feeds:
-            names = [i.name for i in session.get_inputs()]
-            want = session.run(None, dict(zip(names, feed, strict=True)))
-            for a, b in zip(run(*feed), want, strict=True):
-                assert a.dtype == b.dtype
-                np.testing.assert_array_equal(a, b)
-
-    return check_
 
 
 def unary(body: str, shape: str = "a, b, 4", out: str = "float[p, q, r] y") -> str:
