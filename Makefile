@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: demo test lint conformance bench wheel clean models
+.PHONY: demo test lint conformance bench wheel clean models all-models
 
 demo: $(INSTALLED) models
 	$(BIN)/python examples/read_text.py
@@ -23,12 +23,17 @@ models: $(INSTALLED)
 	$(BIN)/python scripts/fetch_models.py
 	$(BIN)/python scripts/export_models.py
 
+# What only benchmarks need: more architectures, and int8 models.
+all-models: models
+	$(BIN)/python scripts/export_models.py --all
+	$(BIN)/python scripts/quantize_models.py
+
 # Runs onnx's backend suite (about 2,000 models) through optc and onnxruntime; rewrites docs/conformance.md.
 conformance: $(INSTALLED)
 	$(BIN)/python scripts/conformance.py --jobs $(JOBS)
 
 # Everything the acceptance of real models rests on: errors, times and memory; rewrites docs/models.md.
-bench: $(INSTALLED) models
+bench: $(INSTALLED) all-models
 	$(BIN)/python benchmarks/models.py
 
 wheel: $(INSTALLED)
