@@ -104,15 +104,15 @@ def matmul(a: Any, b: Any, batch: Sequence[Any], *, transpose_a: bool = False, t
 
     def element(*index: Any) -> Any:
         *outer, i, j = index
-        left = a(*_broadcast(a, outer, batch), *((k, i) if transpose_a else (i, k)))
-        right = b(*_broadcast(b, outer, batch), *((j, k) if transpose_b else (k, j)))
+        left = a(*broadcast(a, outer, batch), *((k, i) if transpose_a else (i, k)))
+        right = b(*broadcast(b, outer, batch), *((j, k) if transpose_b else (k, j)))
         return te.sum(widen(left, dtype) * widen(right, dtype), axis=k)
 
     r = len(batch)
     return te.compute((*batch, m, n), element, "matmul", attrs=annotate([r], [r + 1]))
 
 
-def _broadcast(tensor: Any, outer: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
+def broadcast(tensor: Any, outer: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
     """Return the leading indices of ``tensor`` at ``outer``: 0 where its extent is 1, from the right."""
     leading = len(tensor.shape) - 2
     skip = len(batch) - leading

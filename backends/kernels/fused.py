@@ -246,9 +246,10 @@ class Reader:
         offset: Any = loops.index(0)
         for value, extent in zip(indices, extents, strict=True):
             offset = offset * loops.index(extent) + value
-        return load(self._view(x.source), offset)
+        return load(self.flat_view(x.source), offset)
 
-    def _view(self, buffer: Any) -> Any:
+    def flat_view(self, buffer: Any) -> Any:
+        """Return the one-dimensional view of ``buffer``."""
         if buffer not in self.views:
             size = loops.product([self.size(e) for e in buffer.shape])
             self.views[buffer] = tirx.decl_buffer([loops.index(size)], str(buffer.dtype), f"{buffer.name}_flat")

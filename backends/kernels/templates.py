@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from optc.backends.base import Target
-from optc.backends.kernels import contraction, contraction_schedule, depthwise
+from optc.backends.kernels import contraction, contraction_schedule, depthwise, integer_contraction, integer_schedule
 
 ScheduleFunction = Callable[[Any, Target], Any]
 """Takes a fused PrimFunc and the target; returns the scheduled PrimFunc, or None if it cannot handle it."""
@@ -14,4 +14,5 @@ ScheduleFunction = Callable[[Any, Target], Any]
 TEMPLATES: dict[str, ScheduleFunction] = {
     contraction.TEMPLATE: contraction_schedule.schedule,
     depthwise.TEMPLATE: depthwise.schedule,
+    integer_contraction.TEMPLATE: integer_schedule.schedule,
 }

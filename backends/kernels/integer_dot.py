@@ -1,0 +1,41 @@
+"""The integer multiply-add instruction of a target, as TIR expressions on vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from optc.backends.base import Target
+
+_PMADDWD = {128: "llvm.x86.sse2.pmadd.wd", 256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Sums of ``group`` neighbouring int16 products in each of ``lanes`` int32 lanes, exact for factors of 9 bits."""
+
+    name: str
+    group: int
+    lanes: int
+
+    def add(self, total: Any, row: Any, column: Any) -> Any:
+        """Return ``total + dot(row, column)``: int32 lanes, ``group`` int16 values, ``lanes * group`` int16 values."""
+        if self.group == 1:
+            spread = tirx.Broadcast(row.astype("int32"), self.lanes)
+            return total + spread * column.astype(f"int32x{self.lanes}")
+        pair = tirx.Broadcast(tirx.reinterpret("int32", row), self.lanes)
+        factors = tirx.reinterpret(f"int16x{2 * self.lanes}", pair)
+        return total + tirx.call_llvm_pure_intrin(f"int32x{self.lanes}", self.name, factors, column)
+
+
+def choose(target: Target) -> Dot:
+    """Return the best instruction that is exact for every pair of 9-bit factors."""
+    if target.triple.startswith("x86_64"):
+        bits = min(target.vector_bits, 512 if "avx512bw" in target.features else 256)
+        if bits == 256 and "avx2" not in target.features:
+            bits = 128
+        return Dot(_PMADDWD[bits], 2, bits // 32)
+    # Widening multiply-add of 16-bit lanes, which LLVM finds by itself (smlal on Arm).
+    return Dot("widen", 1, max(1, target.vector_bits // 32))
