@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: demo test lint conformance bench wheel clean models all-models
+.PHONY: demo test lint conformance bench performance wheel clean models all-models
 
 demo: $(INSTALLED) models
 	$(BIN)/python examples/read_text.py
@@ -35,6 +35,10 @@ conformance: $(INSTALLED)
 # Everything the acceptance of real models rests on: errors, times and memory; rewrites docs/models.md.
 bench: $(INSTALLED) all-models
 	$(BIN)/python benchmarks/models.py
+
+# Times, memory and compile times beside onnxruntime, OpenVINO, PyTorch and plain TVM; rewrites docs/performance.*.
+performance: $(INSTALLED) all-models
+	$(BIN)/python benchmarks/performance.py
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel
