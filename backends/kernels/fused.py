@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as replace_fields
 from typing import Any
 
@@ -44,6 +44,7 @@ class Fused:
     ``epilogue`` is the value stored to ``output``, in the spatial variables of the core; it reads the core's
     result from ``accumulator`` at exactly these variables. Where the last stage is of another form (it broadcasts the
     result, say), it is the ``tail``: the core then stores to ``accumulator`` and the tail gets loops of its own.
+    ``stages`` are the blocks annotated with "optc.stage", by that name: those before the core that a template knows.
     """
 
     function: Any
@@ -55,10 +56,11 @@ class Fused:
     output: Any
     epilogue: Any
     tail: Any
+    stages: Mapping[str, Any] = field(default_factory=dict)
 
 
 def take_apart(function: Any, template: str) -> Fused | None:
-    """Inline everything but the core annotated with ``template`` and a stage called "pad"; None if it does not fit."""
+    """Inline all but the core annotated with ``template``, its stages and one called "pad"; None if it does not fit."""
     sch = s_tir.Schedule(function, enable_check=False, error_render_level="none")
     root = sch.get_sblock("root")
     children = sch.get_child_blocks(root)
@@ -68,13 +70,15 @@ def take_apart(function: Any, template: str) -> Fused | None:
         return None
     core, out = marked[0], outputs[0]
     padding = [b for b in children if sch.get(b).name_hint == "pad"]
-    kept = [sch.get(b) for b in (core, out, *padding)]
+    stages = {str(sch.get(b).annotations["optc.stage"]): b for b in children if "optc.stage" in sch.get(b).annotations}
+    kept = [sch.get(b) for b in (core, out, *padding, *stages.values())]
     for block in [b for b in children if not any(sch.get(b).same_as(k) for k in kept)]:
         try:
             sch.compute_inline(block)
         except s_tir.ScheduleError:
             return None
-    return _describe(function, sch.get(core), sch.get(out), [sch.get(b) for b in padding])
+    fused = _describe(function, sch.get(core), sch.get(out), [sch.get(b) for b in padding])
+    return fused and replace_fields(fused, stages={name: sch.get(b) for name, b in stages.items()})
 
 
 def _describe(function: Any, core: Any, out: Any, padding: Sequence[Any]) -> Fused | None:
@@ -214,12 +218,16 @@ class Reader:
         Loads from the buffers of ``given`` are replaced by values.
         """
 
+        # Substitution goes on inside of what it put in: values come last.
+        values = given or {}
+        names = {buffer: tirx.Var("given", value.ty) for buffer, value in values.items()}
+
         def on_load(x: Any) -> Any:
-            if given is not None and x.source in given:
-                return given[x.source]
-            return self.flatten(x, flat)
+            return names[x.source] if x.source in names else self.flatten(x, flat)
 
         result = replace(expression, places, on_load)
+        if names:
+            result = replace(result, {names[buffer]: value for buffer, value in values.items()})
         if isinstance(result, tvm.ir.TensorLoad):
             return load(result.source, self.analyzer.simplify(result.indices[0]))
         return result

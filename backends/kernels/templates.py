@@ -6,12 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from optc.backends.base import Target
-from optc.backends.kernels import contraction, contraction_schedule, depthwise, integer_contraction, integer_schedule
+from optc.backends.kernels import (
+    attention,
+    attention_schedule,
+    contraction,
+    contraction_schedule,
+    depthwise,
+    integer_contraction,
+    integer_schedule,
+)
 
 ScheduleFunction = Callable[[Any, Target], Any]
 """Takes a fused PrimFunc and the target; returns the scheduled PrimFunc, or None if it cannot handle it."""
 
 TEMPLATES: dict[str, ScheduleFunction] = {
+    attention.TEMPLATE: attention_schedule.schedule,
     contraction.TEMPLATE: contraction_schedule.schedule,
     depthwise.TEMPLATE: depthwise.schedule,
     integer_contraction.TEMPLATE: integer_schedule.schedule,

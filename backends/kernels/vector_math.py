@@ -170,6 +170,30 @@ def exp(x: Expr) -> Expr:
     return bind(tirx.min(f32(89.0), tirx.max(f32(-104.0), x)), lambda x: _exp_parts(x, scaled))
 
 
+_ROUND = 1.5 * 2**23 + 127
+"""Added to a small float32, it rounds it to an integer, whose biased exponent is then in the lowest bits."""
+
+
+@wide
+def exp_nonpositive(x: Expr) -> Expr:
+    """Return ``e**x`` for ``x <= 0``; float32 error below 1.5 ulp, results below 2**-126 are 0."""
+    if dtype_of(x) == "float64":
+        return tirx.exp(x)
+
+    def scaled(x: Expr, shifted: Expr) -> Expr:
+        power = tirx.reinterpret("float32", tirx.reinterpret("int32", shifted) << 23)
+
+        def polynomial(r: Expr) -> Expr:
+            return bind(power, lambda e: e * (_horner(r, _EXP) * (r * r) + r) + e)
+
+        n = shifted - f32(_ROUND)
+        return bind(n, lambda n: bind(x - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW), polynomial))
+
+    # Down to where the exponent's bits are 0, which makes the result 0.
+    x = tirx.max(f32(-88.0), x)
+    return bind(x, lambda x: bind(x * f32(1.0 / math.log(2.0)) + f32(_ROUND), lambda t: scaled(x, t)))
+
+
 def _expm1_negative(x: Expr) -> Expr:
     """Return ``e**x - 1`` for a float32 ``x <= 0``."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
+from optc.backends.kernels import attention as fused
 from optc.backends.kernels import reduction, vector_math
 from optc.backends.kernels.contraction import FUSIBLE, accumulator, annotate, narrow, widen
 from optc.backends.lowering.emit import as_index, shape_of
@@ -55,23 +56,75 @@ def attention(site: Site) -> Any:
     A row in which every key is masked gives zeros.
     """
     q, k, v = _heads(site, 0, "q_num_heads"), _heads(site, 1, "kv_num_heads"), _heads(site, 2, "kv_num_heads")
-    dtype, wide = site.dtype(0), accumulator(site.dtype(0))
     past = site.shape(4)[2] if site.has(4) else 0
     if site.has(4):
         k, v = _append(site, k, 4), _append(site, v, 5)
     elif site.wants(1) or site.wants(2):
         k, v = _unpacked(site, k), _unpacked(site, v)
+    mask = _mask(site, q, k, past)
+    if site.wants(3) or not isinstance(q.size, int) or not isinstance(v.size, int):
+        y, exposed = _in_steps(site, q, k, v, mask)
+    else:
+        y, exposed = _fused(site, q, k, v, mask), None
+    present = [k.tensor if site.wants(1) else None, v.tensor if site.wants(2) else None]
+    return [y, *present, exposed]
+
+
+def _in_steps(site: Site, q: Heads, k: Heads, v: Heads, mask: _Mask) -> tuple[Any, Any]:
+    """Emit attention with its scores in memory; returns the output and the scores that the node exposes."""
+    dtype, wide = site.dtype(0), accumulator(site.dtype(0))
     raw = _scores(site, q, k, wide)
-    cap = float(site.attr("softcap", 0.0) or 0.0)
-    capped = raw if cap <= 0 else _map(site, raw, lambda x: vector_math.tanh(x / scalar(cap, wide)) * scalar(cap, wide))
-    biased = _biased(site, q, k, capped, past)
+    cap = mask.cap
+    capped = raw if cap <= 0 else _map(site, raw, lambda x: _capped(x, cap))
+    biased = _biased(site, capped, mask)
     weights = _softmax(site, biased)
     y = _weighted(site, q, weights, v, dtype)
-    present = [k.tensor if site.wants(1) else None, v.tensor if site.wants(2) else None]
-    mode = site.attr("qk_matmul_output_mode", 0)
-    scores = [raw, capped, biased, weights][mode]
-    exposed = _map(site, scores, lambda x: vector_math.convert(x, dtype)) if site.wants(3) else None
-    return [y, *present, exposed]
+    scores = [raw, capped, biased, weights][site.attr("qk_matmul_output_mode", 0)]
+    return y, _map(site, scores, lambda x: vector_math.convert(x, dtype)) if site.wants(3) else None
+
+
+def _fused(site: Site, q: Heads, k: Heads, v: Heads, mask: _Mask) -> Any:
+    """Emit attention as one kernel."""
+    dtype, wide = site.dtype(0), accumulator(site.dtype(0))
+    factor, group = _factor(site, q), _group(site, q, k)
+
+    def compute(a: Any, c: Any, x: Any, *extra: Any) -> Any:
+        def read(heads: Heads, tensor: Any, shared: int) -> fused.Read:
+            return lambda b, h, s, d: widen(heads.at(tensor, b, h if shared == 1 else h // shared, s, d), wide)
+
+        def score(value: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+            scaled = value * scalar(factor, wide)
+            return mask.added(extra, scaled if mask.cap <= 0 else _capped(scaled, mask.cap), b, h, i, j)
+
+        return narrow(
+            fused.attention(
+                fused.Attention(
+                    q.batch,
+                    q.heads,
+                    q.length,
+                    k.length,
+                    q.size,
+                    v.size,
+                    wide,
+                    read(q, a, 1),
+                    read(k, c, group),
+                    read(v, x, group),
+                    score,
+                    mask.start(extra),
+                    mask.stop(extra),
+                    rows_first=q.packed,
+                )
+            ),
+            dtype,
+        )
+
+    y = site.emit(compute, q.tensor, k.tensor, v.tensor, *mask.tensors, name="attention", attributes=FUSIBLE)
+    return site.reshape(y, [q.batch, q.length, q.heads * v.size]) if q.packed else y
+
+
+def _capped(x: Any, cap: float) -> Any:
+    dtype = str(x.ty.dtype)
+    return vector_math.tanh(x / scalar(cap, dtype)) * scalar(cap, dtype)
 
 
 def _map(site: Site, x: Any, function: Callable[[Any], Any]) -> Any:
@@ -110,11 +163,7 @@ def _unpacked(site: Site, x: Heads) -> Heads:
 
 def _scores(site: Site, q: Heads, k: Heads, wide: str) -> Any:
     """Emit ``scale * Q K^T`` as ``[batch, head, query, key]``."""
-    scale = site.attr("scale")
-    factor = float(scale) if scale else 1.0 / math.sqrt(q.size) if isinstance(q.size, int) else None
-    if factor is None:
-        site.unsupported("the head size must be known while compiling")
-    group = _group(site, q, k)
+    factor, group = _factor(site, q), _group(site, q, k)
 
     def compute(a: Any, c: Any) -> Any:
         d = te.reduce_axis((0, q.size), "d")
@@ -130,6 +179,15 @@ def _scores(site: Site, q: Heads, k: Heads, wide: str) -> Any:
     return site.emit(compute, q.tensor, k.tensor, name="attention_scores", attributes=FUSIBLE)
 
 
+def _factor(site: Site, q: Heads) -> float:
+    scale = site.attr("scale")
+    if scale:
+        return float(scale)
+    if not isinstance(q.size, int):
+        site.unsupported("the head size must be known while compiling")
+    return 1.0 / math.sqrt(q.size)
+
+
 def _group(site: Site, q: Heads, k: Heads) -> int:
     if not isinstance(q.heads, int) or not isinstance(k.heads, int):
         if not site.prove_equal(q.heads, k.heads):
@@ -138,39 +196,83 @@ def _group(site: Site, q: Heads, k: Heads) -> int:
     return q.heads // k.heads
 
 
-def _biased(site: Site, q: Heads, k: Heads, scores: Any, past: Any) -> Any:
-    """Emit the addition of masks: the given one, causal order, the window, and padding keys."""
-    causal = bool(site.attr("is_causal", 0))
+@dataclass(frozen=True)
+class _Mask:
+    """What is done to scaled scores. ``tensors`` are the mask and the valid lengths, those that are given."""
+
+    cap: float
+    causal: bool
+    left: int
+    right: int
+    past: Any
+    queries: Any
+    keys: Any
+    masked: bool
+    tensors: list[Any]
+
+    @property
+    def padded(self) -> bool:
+        """Tell whether lengths are given."""
+        return len(self.tensors) > self.masked
+
+    def added(self, tensors: Sequence[Any], value: Any, *at: Any) -> Any:
+        """Return ``value`` with the mask applied."""
+        if not self.masked:
+            return value
+        value, allowed = _apply(tensors[0], value, at, self.keys)
+        return tirx.Select(tirx.all(*allowed), value, tirx.const(-np.inf, str(value.ty.dtype))) if allowed else value
+
+    def _position(self, tensors: Sequence[Any], b: Any, i: Any) -> Any:
+        """Return the position among the keys of query ``i``."""
+        return i + (tensors[-1](b) - as_index(self.queries) if self.padded else as_index(self.past))
+
+    def start(self, tensors: Sequence[Any]) -> fused.Bound | None:
+        """Return the first key that a query sees, None for 0."""
+        if self.left < 0:
+            return None
+        return lambda b, i: self._position(tensors, b, i) - self.left
+
+    def stop(self, tensors: Sequence[Any]) -> fused.Bound | None:
+        """Return the end of the keys that a query sees, None for all."""
+        ahead = 0 if self.causal else self.right
+        if ahead < 0 and not self.padded:
+            return None
+
+        def bound(b: Any, i: Any) -> Any:
+            if ahead < 0:
+                return tensors[-1](b)
+            end = self._position(tensors, b, i) + (min(ahead, self.right) if self.right >= 0 else ahead) + 1
+            return tirx.min(end, tensors[-1](b)) if self.padded else end
+
+        return bound
+
+
+def _mask(site: Site, q: Heads, k: Heads, past: Any) -> _Mask:
+    tensors = ([site.tensor(3)] if site.has(3) else []) + ([site.tensor(6)] if site.has(6) else [])
     left, right = site.attr("left_window_size", -1), site.attr("right_window_size", -1)
-    extra = ([site.tensor(3)] if site.has(3) else []) + ([site.tensor(6)] if site.has(6) else [])
-    if not extra and not causal and left < 0 and right < 0:
+    cap = float(site.attr("softcap", 0.0) or 0.0)
+    causal = bool(site.attr("is_causal", 0))
+    return _Mask(cap, causal, left, right, past, q.length, k.length, site.has(3), tensors)
+
+
+def _biased(site: Site, scores: Any, mask: _Mask) -> Any:
+    """Emit what the mask does to the scores."""
+    start, stop = mask.start(mask.tensors), mask.stop(mask.tensors)
+    if not mask.tensors and start is None and stop is None:
         return scores
-    masked = site.has(3)
 
     def compute(x: Any, *rest: Any) -> Any:
-        mask = rest[0] if masked else None
-        valid = rest[-1] if site.has(6) else None
-        dtype = str(x.dtype)
-        minus = tirx.const(-np.inf, dtype)
+        minus = tirx.const(-np.inf, str(x.dtype))
+        start, stop = mask.start(rest), mask.stop(rest)
 
         def element(b: Any, h: Any, i: Any, j: Any) -> Any:
-            value = x(b, h, i, j)
-            allowed: list[Any] = []
-            if mask is not None:
-                value, more = _apply(mask, value, (b, h, i, j), k.length)
-                allowed += more
-            if causal or left >= 0 or right >= 0:
-                position = i + (valid(b) - as_index(q.length) if valid is not None else as_index(past))
-                allowed += [j <= position] if causal else []
-                allowed += [position - j <= left] if left >= 0 else []
-                allowed += [j - position <= right] if right >= 0 else []
-            if valid is not None:
-                allowed.append(j < valid(b))
-            return tirx.Select(tirx.all(*allowed), value, minus) if allowed else value
+            inside = ([start(b, i) <= j] if start is not None else []) + ([j < stop(b, i)] if stop is not None else [])
+            value = mask.added(rest, x(b, h, i, j), b, h, i, j)
+            return tirx.Select(tirx.all(*inside), value, minus) if inside else value
 
         return te.compute(x.shape, element, "masked")
 
-    return site.emit(compute, scores, *extra, name="mask", attributes=_ELEMENTWISE)
+    return site.emit(compute, scores, *mask.tensors, name="mask", attributes=_ELEMENTWISE)
 
 
 def _apply(mask: Any, value: Any, at: Sequence[Any], length: Any) -> tuple[Any, list[Any]]:
