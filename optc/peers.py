@@ -26,9 +26,9 @@ class Peer(Protocol):
 
 
 class OnnxRuntime:
-    """onnxruntime's CPU provider with ``threads`` threads."""
+    """onnxruntime's CPU provider with ``threads`` threads; ``literal`` runs the graph as written, not optimized."""
 
-    def __init__(self, model: oir.Model, threads: int) -> None:
+    def __init__(self, model: oir.Model, threads: int, *, literal: bool = False) -> None:
         import onnxruntime
 
         self.name = f"onnxruntime {onnxruntime.__version__}"
@@ -36,6 +36,8 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        if literal:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
 
         def open_session(source: Any) -> Any:
             try:

@@ -1,0 +1,14 @@
+"""Quantized models: from QuantizeLinear and DequantizeLinear around float operators to operators on integers."""
+
+from __future__ import annotations
+
+from optc.passes.base import Pass
+from optc.passes.quantize.passage import passage_pass
+from optc.passes.quantize.products import products_pass
+
+__all__ = ["passes"]
+
+
+def passes() -> list[Pass]:
+    """Return the passes in order: bounds leave the way between a product and its rounding first."""
+    return [passage_pass(), products_pass()]
