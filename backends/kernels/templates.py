@@ -12,6 +12,7 @@ from optc.backends.kernels import (
     contraction,
     contraction_schedule,
     depthwise,
+    few_rows,
     integer_contraction,
     integer_schedule,
 )
@@ -19,9 +20,15 @@ from optc.backends.kernels import (
 ScheduleFunction = Callable[[Any, Target], Any]
 """Takes a fused PrimFunc and the target; returns the scheduled PrimFunc, or None if it cannot handle it."""
 
+
+def _contraction(function: Any, target: Target) -> Any:
+    scheduled = few_rows.schedule(function, target)
+    return contraction_schedule.schedule(function, target) if scheduled is None else scheduled
+
+
 TEMPLATES: dict[str, ScheduleFunction] = {
     attention.TEMPLATE: attention_schedule.schedule,
-    contraction.TEMPLATE: contraction_schedule.schedule,
+    contraction.TEMPLATE: _contraction,
     depthwise.TEMPLATE: depthwise.schedule,
     integer_contraction.TEMPLATE: integer_schedule.schedule,
 }
