@@ -45,13 +45,13 @@ class CpuBackend:
     def supported(self, model: oir.Model) -> None:
         """Raise UnsupportedModelError naming every node that cannot be compiled. ``model`` gets expanded."""
         expand_functions(model, TABLE.keys())
-        lower(model, TABLE)
+        lower(model, TABLE, self.target)
 
     def schedule(self, model: oir.Model) -> Module:
         """Lower, fuse and schedule ``model`` (which gets expanded in place)."""
         self.progress("lowering")
         expand_functions(model, TABLE.keys())
-        lowered = lower(model, TABLE)
+        lowered = lower(model, TABLE, self.target)
         self.progress("fusing")
         module = _fuse(lowered.module)
         self.progress("scheduling")
@@ -76,6 +76,8 @@ def _fuse(module: Any) -> Any:
         transform.AnnotateTIROpPattern(),
         transform.FuseOps(),
         transform.FuseTIR(),
+        # Here, because it wants every kernel in the form that it has before it is scheduled.
+        transform.RewriteDataflowReshape(),
         transform.DeadCodeElimination(),
     ]
     return name_dims(tvm.transform.Sequential(passes)(module))
@@ -100,7 +102,6 @@ def generate(module: Any, target: Target) -> tuple[Any, int | None]:
     tvm_target = to_tvm(target)
     plan = tvm.transform.Sequential(
         [
-            transform.RewriteDataflowReshape(),
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),

@@ -46,13 +46,13 @@ def annotate(rows: Sequence[int], columns: Sequence[int], padded: str = "") -> d
     }
 
 
-def pack_columns(matrix: np.ndarray) -> np.ndarray:
-    """Pack ``[K, N]`` into ``[ceil(N/16), K, 16]``, zero-padded."""
-    k, n = matrix.shape
-    blocks = -(-n // COLUMN_BLOCK)
-    padded = np.zeros((k, blocks * COLUMN_BLOCK), matrix.dtype)
-    padded[:, :n] = matrix
-    return np.ascontiguousarray(padded.reshape(k, blocks, COLUMN_BLOCK).transpose(1, 0, 2))
+def pack_columns(weights: np.ndarray, width: int) -> np.ndarray:
+    """Pack ``[K..., N]`` into ``[ceil(N/width), K..., width]``, zero-padded."""
+    *reduced, n = weights.shape
+    blocks = -(-n // width)
+    padded = np.zeros((*reduced, blocks * width), weights.dtype)
+    padded[..., :n] = weights
+    return np.ascontiguousarray(np.moveaxis(padded.reshape(*reduced, blocks, width), -2, 0))
 
 
 def pack_rows(weights: np.ndarray) -> np.ndarray:
@@ -81,11 +81,11 @@ def packed_matmul(a: Any, packed: Any, n: int) -> Any:
     """``a [..., M, K]`` times a matrix packed by ``pack_columns``: ``[..., M, N]`` in the accumulator's type."""
     dtype = accumulator(str(a.dtype))
     k = te.reduce_axis((0, a.shape[-1]), "k")
-    rank = len(a.shape)
+    rank, width = len(a.shape), packed.shape[-1]
 
     def element(*index: Any) -> Any:
         *rows, j = index
-        column = packed(j // COLUMN_BLOCK, k, j % COLUMN_BLOCK)
+        column = packed(j // width, k, j % width)
         return te.sum(widen(a(*rows, k), dtype) * widen(column, dtype), axis=k)
 
     attributes = annotate(range(rank - 1), [rank - 1], "columns")

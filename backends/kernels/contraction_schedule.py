@@ -23,6 +23,7 @@ from optc.backends.kernels import loops
 from optc.backends.kernels.contraction import COLUMN_BLOCK, ROW_BLOCK, TEMPLATE
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, store
+from optc.backends.kernels.packed_schedule import PackedGenerator
 
 PANEL_BYTES = 256 * 1024
 """Bytes of packed columns that stay in the second-level cache while all rows pass over them."""
@@ -36,6 +37,10 @@ def schedule(function: Any, target: Target) -> Any:
     value = fused.core.body.value
     if not isinstance(value, tirx.Add) or not isinstance(value.b, tirx.Mul):
         return None
+    if any(loops.static(e) == 0 for e in fused.spatial.extents):
+        return function.with_body(tirx.Evaluate(0)) if fused.tail is None else None
+    if fused.core.annotations["optc.padded"] == "columns":
+        return PackedGenerator(fused, target).function()
     return _Generator(fused, target).function()
 
 

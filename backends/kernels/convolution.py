@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import te, tirx
@@ -74,6 +74,67 @@ def conv(
     return te.compute((*lead, *out), element, "conv", attrs=attributes)
 
 
+def conv_last(
+    x: Any, w: Any, *, channels: int, groups: int, strides: Sequence[int], dilations: Sequence[int], out: Sequence[Any]
+) -> Any:
+    """Convolve padded ``x [N, *S, C]``: ``[N, *out, M]``, or ``[N, *out, G, M/G]`` with ``groups`` > 1.
+
+    ``w`` is packed: ``[ceil(M/width), *K, C, width]``, with groups ``[G, ceil(M/G/width), *K, C/G, width]``.
+    """
+    dtype = accumulator(str(x.dtype))
+    grouped, width = groups > 1, w.shape[-1]
+    lead = 2 if grouped else 1
+    depth = w.shape[-2]
+    # An axis of extent 1 would hide that neighbouring pixels of a 1x1 convolution are neighbours in memory.
+    sizes = [int(d) for d in w.shape[lead:-2]]
+    ks = [0 if k == 1 else te.reduce_axis((0, k), f"k{i}") for i, k in enumerate(sizes)]
+    c = te.reduce_axis((0, depth), "c")
+    rank = len(out)
+
+    def element(n: Any, *index: Any) -> Any:
+        pixel, g, m = index[:rank], index[rank] if grouped else 0, index[-1]
+        where = [_at(p, s, k, d) for p, s, k, d in zip(pixel, strides, ks, dilations, strict=True)]
+        channel = g * depth + c if grouped else c
+        weight = w(*([g] if grouped else []), m // width, *ks, c, m % width)
+        reduced = [*(k for k in ks if not isinstance(k, int)), c]
+        return te.sum(widen(x(n, *where, channel), dtype) * widen(weight, dtype), axis=reduced)
+
+    tail = [groups, channels // groups] if grouped else [channels]
+    shape = (x.shape[0], *out, *tail)
+    attributes = annotate(range(rank + 1), [len(shape) - 1], "columns")
+    return te.compute(shape, element, "conv", attrs=attributes)
+
+
+def pad_last(x: Any, before: Sequence[Any], after: Sequence[Any], value: Any, *, plain: bool) -> Any:
+    """Pad the spatial axes of ``x [N, *S, C]``, or of ``x [N, C, *S]`` when ``plain``, into ``[N, *S', C]``."""
+    rank = len(before)
+    sizes = list(x.shape[2:] if plain else x.shape[1:-1])
+    channels = x.shape[1] if plain else x.shape[-1]
+    shape = [x.shape[0], *(b + s + a for b, s, a in zip(before, sizes, after, strict=True)), channels]
+
+    def element(n: Any, *index: Any) -> Any:
+        inner = [i - b for i, b in zip(index[:rank], before, strict=True)]
+        inside = [
+            check
+            for i, s, b, a in zip(inner, sizes, before, after, strict=True)
+            for check in ([i >= 0] if _may(b) else []) + ([i < s] if _may(a) else [])
+        ]
+        loaded = x(n, index[-1], *inner) if plain else x(n, *inner, index[-1])
+        return tirx.if_then_else(tirx.all(*inside), loaded, value) if inside else loaded
+
+    return te.compute(shape, element, "pad")
+
+
+def add_channels(y: Any, bias: Any, groups: int) -> Any:
+    """Add ``bias [M]`` to ``y [..., M]``, or ``[..., G, M/G]`` with ``groups`` > 1."""
+
+    def element(*index: Any) -> Any:
+        channel = index[-2] * y.shape[-1] + index[-1] if groups > 1 else index[-1]
+        return y(*index) + widen(bias(channel), str(y.dtype))
+
+    return te.compute(y.shape, element, "bias")
+
+
 def _at(pixel: Any, stride: int, k: Any, dilation: int) -> Any:
     start = pixel if stride == 1 else pixel * stride
     return start if isinstance(k, int) else start + k * dilation
@@ -89,22 +150,22 @@ def add_bias(y: Any, bias: Any, axis: int, per_group: int) -> Any:
     return te.compute(y.shape, element, "bias")
 
 
-def spread(x: Any, w: Any, *, maps: int, groups: int, packed: bool) -> Any:
-    """Multiply ``x [N, C, *S]`` by every kernel position: ``[N, G, M/G * prod(K), *S]``.
+def spread(x: Any, w: Any, *, maps: int, groups: int) -> Any:
+    """Multiply ``x [N, *S, C]`` by every kernel position: ``[N, *S, G, maps]`` with ``maps = prod(K) * M/G``.
 
-    ``w`` is ``[C, M/G, *K]`` flattened to ``[G, C/G, M/G * prod(K)]``, or that packed by rows ``[G, R/6, C/G, 6]``.
+    ``w`` is packed: ``[G, ceil(maps/width), C/G, width]``.
     """
-    dtype = accumulator(str(x.dtype))
-    depth = w.shape[2] if packed else w.shape[1]
-    c = te.reduce_axis((0, depth), "c")
+    dtype, width = accumulator(str(x.dtype)), w.shape[-1]
+    c = te.reduce_axis((0, w.shape[-2]), "c")
 
-    def element(n: Any, g: Any, r: Any, *pixel: Any) -> Any:
-        weight = w(g, r // ROW_BLOCK, c, r % ROW_BLOCK) if packed else w(g, c, r)
-        return te.sum(widen(weight, dtype) * widen(x(n, g * depth + c, *pixel), dtype), axis=c)
+    def element(*index: Any) -> Any:
+        *where, g, j = index
+        channel = g * w.shape[-2] + c if groups > 1 else c
+        return te.sum(widen(x(*where, channel), dtype) * widen(w(g, j // width, c, j % width), dtype), axis=c)
 
-    sizes = list(x.shape[2:])
-    attributes = annotate([2], range(3, 3 + len(sizes)), "rows" if packed else "")
-    return te.compute((x.shape[0], groups, maps, *sizes), element, "spread", attrs=attributes)
+    rank = len(x.shape) - 1
+    attributes = annotate(range(rank), [rank + 1], "columns")
+    return te.compute((*x.shape[:-1], groups, maps), element, "spread", attrs=attributes)
 
 
 def gather(
@@ -119,62 +180,91 @@ def gather(
     out: Sequence[Any],
     groups: int,
 ) -> Any:
-    """Sum what ``spread`` made into the output of a transposed convolution, ``[N, M, *out]``.
+    """Sum what ``spread`` made into the output of a transposed convolution, ``[N, *out, M]``.
 
     Output position ``o`` takes kernel position ``k`` of input ``i`` when ``o + before == i * stride + k * dilation``.
+    Without dilation these are every ``stride``-th ``k`` from ``(o + before) % stride`` on.
     """
-    sizes = y.shape[3:]
+    sizes = list(y.shape[1:-2])
     per_group = channels // groups
-    positions = 1
-    for k in kernel:
-        positions *= k
-    ks = [te.reduce_axis((0, k), f"k{i}") for i, k in enumerate(kernel)]
+    steps = [s if d == 1 else 1 for s, d in zip(strides, dilations, strict=True)]
+    ks = [te.reduce_axis((0, -(-k // step)), f"k{i}") for i, (k, step) in enumerate(zip(kernel, steps, strict=True))]
 
-    def element(n: Any, m: Any, *pixel: Any) -> Any:
+    def element(n: Any, *index: Any) -> Any:
+        *pixel, m = index
         flat: Any = tirx.IntImm("int64", 0)
         checks, where = [], []
-        for o, k, extent, s, d, b, size in zip(pixel, ks, kernel, strides, dilations, before, sizes, strict=True):
-            shifted = o + b - k * d
-            flat = flat * extent + k
-            checks += [shifted >= 0, tirx.indexmod(shifted, s) == 0, tirx.indexdiv(shifted, s) < size]
+        for i, (o, j) in enumerate(zip(pixel, ks, strict=True)):
+            k, s, d, step, b, size = kernel[i], strides[i], dilations[i], steps[i], before[i], sizes[i]
+            at = o + b
+            tap = tirx.indexmod(at, step) + j * step if step > 1 else j
+            shifted = at - tap * d
+            flat = flat * k + tap
+            checks += [tap < k] if k % step else []
+            checks += [shifted >= 0, tirx.indexdiv(shifted, s) < size]
+            checks += [] if step == s else [tirx.indexmod(shifted, s) == 0]
             where.append(tirx.indexdiv(shifted, s))
-        value = y(n, m // per_group, (m % per_group) * positions + flat, *where)
+        value = y(n, *where, m // per_group, flat * per_group + m % per_group)
         return te.sum(tirx.if_then_else(tirx.all(*checks), value, tirx.const(0, str(y.dtype))), axis=ks)
 
-    total = te.compute((y.shape[0], channels, *out), element, "gather")
+    total = te.compute((y.shape[0], *out, channels), element, "gather")
     if bias is None:
         return total
-    return te.compute(total.shape, lambda *i: total(*i) + widen(bias(i[1]), str(y.dtype)), "bias")
+    return te.compute(total.shape, lambda *i: total(*i) + widen(bias(i[-1]), str(y.dtype)), "bias")
 
 
 def depthwise(
+    x: Any, w: Any, *, strides: Sequence[int], dilations: Sequence[int], before: Sequence[Any], out: Sequence[Any]
+) -> Any:
+    """Convolve each channel of ``x [N, *S, C]``, padded with zeros, with its own ``M / C`` kernels ``w [*K, M]``."""
+    dtype = accumulator(str(x.dtype))
+    multiplier = int(w.shape[-1]) // int(x.shape[-1])
+
+    def term(n: Any, where: Sequence[Any], ks: Sequence[Any], m: Any) -> Any:
+        channel = m // multiplier if multiplier > 1 else m
+        return widen(w(*ks, m), dtype) * widen(x(n, *where, channel), dtype)
+
+    kernel, zero = list(w.shape[:-1]), tirx.const(0, dtype)
+    return window(x, term, te.sum, zero, kernel, strides, dilations, before, [*out, w.shape[-1]], "depthwise")
+
+
+def window(
     x: Any,
-    w: Any,
-    *,
-    channels: int,
+    term: Callable[[Any, Sequence[Any], Sequence[Any], Any], Any],
+    reduce: Callable[..., Any],
+    identity: Any,
+    kernel: Sequence[Any],
     strides: Sequence[int],
     dilations: Sequence[int],
-    out: Sequence[Any],
-    kernel: Sequence[Any],
     before: Sequence[Any],
-    after: Sequence[Any],
+    out: Sequence[Any],
+    name: str,
 ) -> Any:
-    """Convolve each channel of ``x [N, C, *S]``, padded here, with its own ``M / C`` kernels ``w [M, 1, *K]``."""
-    dtype = accumulator(str(x.dtype))
-    padded = any(_may(p) for p in (*before, *after))
-    image = pad(x, before, after, tirx.const(0, str(x.dtype))) if padded else x
+    """Reduce ``term(n, position, window position, channel)`` over the windows of ``x [N, *S, C]``: ``[N, *out]``.
+
+    ``out`` ends with the channels. Positions outside of the image count as ``identity``.
+    """
     ks = [te.reduce_axis((0, k), f"k{i}") for i, k in enumerate(kernel)]
-    multiplier = channels // int(x.shape[1])
+    sizes = list(x.shape[1:-1])
+    reach = [
+        (o - 1) * s + (k - 1) * d - b
+        for o, s, k, d, b in zip(out[:-1], strides, kernel, dilations, before, strict=True)
+    ]
 
-    def element(n: Any, m: Any, *pixel: Any) -> Any:
-        where = [p * s + k * d for p, s, k, d in zip(pixel, strides, ks, dilations, strict=True)]
-        channel = m // multiplier if multiplier > 1 else m
-        return te.sum(widen(w(m, 0, *ks), dtype) * widen(image(n, channel, *where), dtype), axis=ks)
+    def element(n: Any, *index: Any) -> Any:
+        where = [p * s + k * d - b for p, s, k, d, b in zip(index[:-1], strides, ks, dilations, before, strict=True)]
+        inside: list[Any] = []
+        for at, size, b, most in zip(where, sizes, before, reach, strict=True):
+            inside += [at >= 0] if _may(b) else []
+            inside += [] if _fits(most, size) else [at < size]
+        value = term(n, where, ks, index[-1])
+        return reduce(tirx.if_then_else(tirx.all(*inside), value, identity) if inside else value, axis=ks)
 
-    attributes = {
-        "optc.template": "depthwise",
-        "optc.strides": list(strides),
-        "optc.dilations": list(dilations),
-        "optc.multiplier": multiplier,
-    }
-    return te.compute((x.shape[0], channels, *out), element, "depthwise", attrs=attributes)
+    attributes = {"optc.template": "window", "optc.strides": list(strides), "optc.dilations": list(dilations)}
+    return te.compute((x.shape[0], *out), element, name, attrs=attributes)
+
+
+def _fits(most: Any, size: Any) -> bool:
+    """Tell whether position ``most`` is inside of ``size`` for sure."""
+    number = int(size) if isinstance(size, tirx.IntImm) else size
+    return isinstance(most, int) and isinstance(number, int) and most < number

@@ -19,7 +19,7 @@ from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops
-from optc.backends.kernels.contraction import COLUMN_BLOCK, TEMPLATE
+from optc.backends.kernels.contraction import TEMPLATE
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
 from optc.backends.kernels.loops import bind, load, loop, sequence, store
 
@@ -62,10 +62,11 @@ class _Generator:
         self.rows, self.columns, self.reduced = _pick(fused, "optc.rows"), _pick(fused, "optc.columns"), fused.reduced
         self.dtype = str(fused.accumulator.dtype)
         self.m, self.n = int(self.rows.total), int(self.columns.total)
-        self.lanes = min(max(1, target.vector_bits // bits(self.dtype)), COLUMN_BLOCK)
-        self.panels = -(-self.n // COLUMN_BLOCK)
+        self.width = int(loops.loads(self.column_operand)[0].source.shape[-1])
+        self.lanes = min(max(1, target.vector_bits // bits(self.dtype)), self.width)
+        self.panels = -(-self.n // self.width)
         registers = 24 if target.vector_bits == 512 or "neon" in target.features else 12
-        fit = registers // (self.m * (COLUMN_BLOCK // self.lanes))
+        fit = registers // (self.m * (self.width // self.lanes))
         self.streams = max(1, min(STREAMS, fit, self.panels))
         self.tiles = -(-self.panels // self.streams)
         depth = loops.static(fused.reduced.total)
@@ -76,8 +77,8 @@ class _Generator:
     def function(self) -> Any:
         """Return the function with its body replaced."""
         # Partial results indexed by a variable would not stay in registers: the last panel copies them here.
-        self.tail, allocate = loops.scratch("tail", COLUMN_BLOCK, self.dtype)
-        spare = [allocate] if self.n % COLUMN_BLOCK else []
+        self.tail, allocate = loops.scratch("tail", self.width, self.dtype)
+        spare = [allocate] if self.n % self.width else []
         return self.reader.finish(loop("task", self.tiles, lambda t: sequence(*spare, self._tile(t)), "parallel"))
 
     def _tile(self, t: Any) -> Any:
@@ -95,12 +96,12 @@ class _Generator:
         return named([])
 
     def _panels(self, panels: list[Any]) -> Any:
-        m, lanes, span = self.m, self.lanes, len(panels) * COLUMN_BLOCK
+        m, lanes, span = self.m, self.lanes, len(panels) * self.width
         acc, allocate = loops.scratch("acc", m * span, self.dtype)
-        slots = [(i, s, v) for i in range(m) for s in range(len(panels)) for v in range(0, COLUMN_BLOCK, lanes)]
+        slots = [(i, s, v) for i in range(m) for s in range(len(panels)) for v in range(0, self.width, lanes)]
 
         def at(i: int, s: int, v: Any) -> Any:
-            return i * span + s * COLUMN_BLOCK + v
+            return i * span + s * self.width + v
 
         def row(i: int, k: Any) -> Any:
             where = {**self.rows.at(loops.index(i)), **self.reduced.at(k)}
@@ -110,7 +111,7 @@ class _Generator:
             return store(acc, at(i, s, v), load(acc, at(i, s, v)) + row(i, k) * self._weight(panels[s], k, v))
 
         def put(i: int, s: int, j: Any, value: Any) -> Any:
-            position = panels[s] * COLUMN_BLOCK + j
+            position = panels[s] * self.width + j
             places = {**self.rows.at(loops.index(i)), **self.columns.at(position)}
             return self.reader.store(places, [(self.rows, loops.index(i)), (self.columns, position)], value)
 
@@ -127,8 +128,8 @@ class _Generator:
             def vector(i: int, v: int) -> Any:
                 return self.reader.lanewise(lanes, lambda lane: put(i, s, v + lane, load(acc, at(i, s, v + lane))))
 
-            whole = sequence(*(vector(i, v) for i in range(m) for v in range(0, COLUMN_BLOCK, lanes)))
-            if not self.n % COLUMN_BLOCK or (s + 1) * self.tiles < self.panels:
+            whole = sequence(*(vector(i, v) for i in range(m) for v in range(0, self.width, lanes)))
+            if not self.n % self.width or (s + 1) * self.tiles < self.panels:
                 return whole
             partly = sequence(*(copied(i, s) for i in range(m)))
             return tirx.IfThenElse(panels[s] < self.panels - 1, whole, partly)
@@ -139,9 +140,9 @@ class _Generator:
                     lanes, lambda lane: store(self.tail, v + lane, load(acc, at(i, s, v + lane)))
                 )
 
-            rest = self.n % COLUMN_BLOCK
+            rest = self.n % self.width
             stores = loop("j", rest, lambda j: put(i, s, j, load(self.tail, j)))
-            return sequence(*map(copy, range(0, COLUMN_BLOCK, lanes)), stores)
+            return sequence(*map(copy, range(0, self.width, lanes)), stores)
 
         zero = tirx.const(0, self.dtype)
         return sequence(
@@ -152,6 +153,6 @@ class _Generator:
         )
 
     def _weight(self, panel: Any, k: Any, v: Any) -> Any:
-        position = panel * COLUMN_BLOCK + v
+        position = panel * self.width + v
         where = {**self.columns.at(position), **self.reduced.at(k)}
         return self.reader.value(self.column_operand, where, flat=[(self.reduced, k)])

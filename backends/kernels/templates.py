@@ -11,10 +11,11 @@ from optc.backends.kernels import (
     attention_schedule,
     contraction,
     contraction_schedule,
-    depthwise,
     few_rows,
     integer_contraction,
     integer_schedule,
+    window,
+    winograd,
 )
 
 ScheduleFunction = Callable[[Any, Target], Any]
@@ -29,6 +30,7 @@ def _contraction(function: Any, target: Target) -> Any:
 TEMPLATES: dict[str, ScheduleFunction] = {
     attention.TEMPLATE: attention_schedule.schedule,
     contraction.TEMPLATE: _contraction,
-    depthwise.TEMPLATE: depthwise.schedule,
     integer_contraction.TEMPLATE: integer_schedule.schedule,
+    window.TEMPLATE: window.schedule,
+    winograd.TEMPLATE: winograd.schedule,
 }

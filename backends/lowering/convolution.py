@@ -1,110 +1,234 @@
-"""Conv and ConvTranspose."""
+"""Conv and ConvTranspose, on channels-last values."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from tvm import relax, te, tirx
 
-from optc.backends.kernels import contraction, convolution
-from optc.backends.lowering.emit import shape_of
+from optc.backends.kernels import contraction, convolution, winograd
+from optc.backends.kernels.loops import ceildiv
+from optc.backends.lowering.emit import as_index, shape_of
+from optc.backends.lowering.known import Known
+from optc.backends.lowering.layout import channels_last, permuted
+from optc.backends.lowering.matmul import panel_width, static_product
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 from optc.backends.lowering.windows import Windows, at_least, windows
 
 TABLE = Table()
+_OPAQUE = {"op_pattern": 8}
 
 
 @TABLE.lowers("Conv")
 def conv(site: Site) -> Any:
-    """Conv-22 over any number of spatial axes, as a contraction over channels and kernel positions.
+    """Conv-22 over any number of spatial axes.
 
-    Padding is materialized first, so that the inner loops have no branches: by a kernel of its own, or for a depthwise
-    convolution inside the kernel, channel by channel.
+    With constant weights a matrix product: pixels are rows, channels and kernel positions are summed, filters are
+    columns. Padding is materialized first, so that the inner loops have no branches. Depthwise convolution has a
+    kernel of its own, which reads the image as it is.
     """
-    x, weights = site.tensor(0), site.constant(1)
-    shape = shape_of(x)
+    weights = site.constant(1)
+    shape = site.shape(0)
     filters = list(weights.shape) if weights is not None else site.shape(1)
     groups = site.attr("group", 1)
-    channels, kernel = filters[0], filters[2:]
     if not all(isinstance(d, int) for d in filters):
         site.unsupported("the shape of the convolution's weights must be known while compiling")
-    x = site.check_equal(x, [shape[0], filters[1] * groups, *shape[2:]])
-    geometry = windows(site, shape[2:], kernel)
+    geometry = windows(site, shape[2:], filters[2:])
+    if weights is None:
+        return _unpacked(site, filters, groups, geometry)
+    if filters[1] == 1 and groups > 1 and filters[0] % groups == 0:
+        return Known(last=_depthwise(site, weights, groups, geometry))
+    tile = _winograd_tile(site, weights, groups, geometry)
+    if tile is not None:
+        return Known(last=_winograd(site, weights, geometry, tile))
+    wanted = [shape[0], filters[1] * groups, *shape[2:]]
+    return Known(last=product(site, _padded_last(site, wanted, geometry), weights, groups, geometry))
+
+
+def product(site: Site, x: Any, weights: np.ndarray, groups: int, geometry: Windows) -> Any:
+    """Convolve padded ``x [N, *S, C]`` with constant ``weights [M, C/G, *K]`` and the bias of input 2."""
+    channels, dtype = weights.shape[0], str(x.ty.dtype)
+    rows = static_product([shape_of(x)[0], *geometry.out])
+    w = site.weight(pack_filters(site, weights, groups, rows, dtype), "packed")
     bias = [site.tensor(2)] if site.has(2) else []
-    dtype, per_group = str(x.ty.dtype), channels // groups
-    common: dict[str, Any] = {
-        "channels": channels,
-        "strides": geometry.strides,
-        "dilations": geometry.dilations,
-        "out": geometry.out,
-        "kernel": kernel,
-    }
-    if filters[1] == 1 and groups > 1:
-
-        def each(a: Any, w: Any, *b: Any) -> Any:
-            y = convolution.depthwise(a, w, before=geometry.before, after=geometry.after, **common)
-            for term in b:
-                y = convolution.add_bias(y, term, 1, per_group)
-            return contraction.narrow(y, dtype)
-
-        return site.emit(each, x, site.tensor(1), *bias, name="depthwise", attributes=contraction.FUSIBLE)
-    x = padded(site, x, geometry)
-    w = site.tensor(1) if weights is None else site.weight(pack_filters(weights, groups), "packed")
 
     def compute(a: Any, f: Any, *b: Any) -> Any:
-        y = convolution.conv(a, f, groups=groups, packed=weights is not None, **common)
+        y = convolution.conv_last(
+            a,
+            f,
+            channels=channels,
+            groups=groups,
+            strides=geometry.strides,
+            dilations=geometry.dilations,
+            out=geometry.out,
+        )
         for term in b:
-            y = convolution.add_bias(y, term, 2 if groups > 1 else 1, per_group)
+            y = convolution.add_channels(y, term, groups)
         return contraction.narrow(y, dtype)
 
-    result = site.emit(compute, x, w, *bias, name="conv", attributes=contraction.FUSIBLE)
-    return site.reshape(result, [shape[0], channels, *geometry.out]) if groups > 1 else result
+    y = site.emit(compute, x, w, *bias, name="conv", attributes=contraction.FUSIBLE)
+    return site.reshape(y, [shape_of(x)[0], *geometry.out, channels]) if groups > 1 else y
 
 
-def pack_filters(weights: np.ndarray, groups: int) -> np.ndarray:
+def pack_filters(site: Site, weights: np.ndarray, groups: int, rows: int | None, dtype: str) -> np.ndarray:
+    """Pack ``[M, C/G, *K]`` for ``convolution.conv_last``."""
+    per_group = weights.shape[0] // groups
+    split = weights.reshape(groups, per_group, *weights.shape[1:])
+    # [G, M/G, C/G, *K] -> [G, *K, C/G, M/G]
+    ordered = np.moveaxis(np.moveaxis(split, 2, -1), 1, -1)
+    width = panel_width(site, rows, weights[0].size, per_group, dtype)
+    packed = [contraction.pack_columns(group, width) for group in ordered]
+    return np.stack(packed) if groups > 1 else packed[0]
+
+
+def _winograd_tile(site: Site, weights: np.ndarray, groups: int, geometry: Windows) -> int | None:
+    """Return the output tile of Winograd's algorithm, or None where it does not apply or would not pay."""
+    plain = geometry.strides == [1, 1] and geometry.dilations == [1, 1] and geometry.kernel == [3, 3]
+    known = all(isinstance(b, int) for b in geometry.before)
+    if not plain or not known or groups > 1 or weights.dtype != np.float32:
+        return None
+    height, width = geometry.out
+    return winograd.choose(height, width, weights.shape[1], weights.shape[0], site.target)
+
+
+def _winograd(site: Site, weights: np.ndarray, geometry: Windows, m: int) -> Any:
+    """Convolve by Winograd's algorithm: transform of the image, products, and the transform back, a kernel each."""
+    maps, depth = weights.shape[:2]
+    shape = site.shape(0)
+    x = site.check_equal(site.last(0), permuted([shape[0], depth, *shape[2:]], channels_last(4)))
+    height, width = geometry.out
+    tiles = (ceildiv(height, m), ceildiv(width, m))
+    before = (geometry.before[0], geometry.before[1])
+    rows = static_product([shape[0], *tiles])
+    filters = winograd.transform_filters(weights, m)
+    panel = panel_width(site, rows, depth, maps, "float32")
+    u = site.weight(np.stack([contraction.pack_columns(f, panel) for f in filters]), f"winograd{m}")
+    v = site.emit(lambda a: winograd.forward(a, m, before, tiles, site.target), x, name="winograd_input")
+    y = site.emit(lambda a, b: winograd.products(a, b, maps), v, u, name="winograd", attributes=_OPAQUE)
+    table = relax.const(winograd.OUTPUT[m].astype(np.float32))
+    bias = [site.tensor(2)] if site.has(2) else []
+
+    def back(a: Any, t: Any, *b: Any) -> Any:
+        result = winograd.inverse(a, t, as_index(height), as_index(width), as_index(shape[0]))
+        for term in b:
+            result = convolution.add_channels(result, term, 1)
+        return result
+
+    return site.emit(back, y, table, *bias, name="winograd_output", attributes=contraction.FUSIBLE)
+
+
+def _depthwise(site: Site, weights: np.ndarray, groups: int, geometry: Windows) -> Any:
+    shape, dtype = site.shape(0), site.dtype(0)
+    x = site.check_equal(site.last(0), permuted([shape[0], groups, *shape[2:]], channels_last(len(shape))))
+    w = site.weight(np.ascontiguousarray(np.moveaxis(weights[:, 0], 0, -1)), "depthwise")
+    bias = [site.tensor(2)] if site.has(2) else []
+
+    def compute(a: Any, f: Any, *b: Any) -> Any:
+        y = convolution.depthwise(
+            a,
+            f,
+            strides=geometry.strides,
+            dilations=geometry.dilations,
+            before=[_index(v) for v in geometry.before],
+            out=geometry.out,
+        )
+        for term in b:
+            y = convolution.add_channels(y, term, 1)
+        return contraction.narrow(y, dtype)
+
+    return site.emit(compute, x, w, *bias, name="depthwise", attributes=contraction.FUSIBLE)
+
+
+def _index(value: Any) -> Any:
+    return value if isinstance(value, int) else as_index(value)
+
+
+def _padded_last(site: Site, shape: list[Any], geometry: Windows) -> Any:
+    """Return input 0 of ``shape [N, C, *S]`` as padded ``[N, *S', C]``; padding and transposition are one kernel."""
+    value = site.value(0)
+    plain = value not in site.lowerer.channels_last
+    if not geometry.padded:
+        return site.check_equal(site.last(0), permuted(shape, channels_last(len(shape))))
+    if plain:
+        x = site.check_equal(site.tensor(0), shape)
+    else:
+        x = site.check_equal(site.last(0), permuted(shape, channels_last(len(shape))))
+    fill = scalar(0, str(x.ty.dtype))
+    # Opaque to fusion: as the epilogue of the convolution before, it would keep that one from its template.
+    return site.emit(
+        lambda a: convolution.pad_last(a, geometry.before, geometry.after, fill, plain=plain),
+        x,
+        name="pad",
+        attributes=_OPAQUE,
+    )
+
+
+def _unpacked(site: Site, filters: list[int], groups: int, geometry: Windows) -> Any:
+    """Convolve with weights that only a run knows, on ``[N, C, *S]``."""
+    shape = site.shape(0)
+    x = padded(site, site.check_equal(site.tensor(0), [shape[0], filters[1] * groups, *shape[2:]]), geometry)
+    bias, dtype = [site.tensor(2)] if site.has(2) else [], str(x.ty.dtype)
+
+    def compute(a: Any, f: Any, *b: Any) -> Any:
+        y = convolution.conv(
+            a,
+            f,
+            channels=filters[0],
+            groups=groups,
+            packed=False,
+            strides=geometry.strides,
+            dilations=geometry.dilations,
+            out=geometry.out,
+            kernel=filters[2:],
+        )
+        for term in b:
+            y = convolution.add_bias(y, term, 2 if groups > 1 else 1, filters[0] // groups)
+        return contraction.narrow(y, dtype)
+
+    y = site.emit(compute, x, site.tensor(1), *bias, name="conv", attributes=contraction.FUSIBLE)
+    return site.reshape(y, [shape[0], filters[0], *geometry.out]) if groups > 1 else y
+
+
+def pack_filter_rows(weights: np.ndarray, groups: int) -> np.ndarray:
     """Pack ``[M, C/G, *K]`` for ``convolution.conv``."""
     return contraction.pack_rows(weights.reshape(groups, weights.shape[0] // groups, *weights.shape[1:]))
 
 
 def padded(site: Site, x: Any, geometry: Windows, value: float = 0) -> Any:
-    """Return ``x`` with its spatial axes padded, by a kernel of its own; ``x`` itself without padding."""
+    """Return ``x [N, C, *S]`` with its spatial axes padded, by a kernel of its own; ``x`` itself without padding."""
     if not geometry.padded:
         return x
     fill = scalar(value, str(x.ty.dtype))
-    # Opaque to fusion: as the epilogue of the convolution before, it would keep that one from its template.
     return site.emit(
-        lambda a: convolution.pad(a, geometry.before, geometry.after, fill), x, name="pad", attributes={"op_pattern": 8}
+        lambda a: convolution.pad(a, geometry.before, geometry.after, fill), x, name="pad", attributes=_OPAQUE
     )
 
 
 @TABLE.lowers("ConvTranspose")
 def conv_transpose(site: Site) -> Any:
-    """ConvTranspose-22: a contraction over channels for every kernel position, then each output gathers its terms."""
-    x, weights = site.tensor(0), site.constant(1)
-    shape = shape_of(x)
+    """ConvTranspose-22: a product over channels for every kernel position, then each output gathers its terms."""
+    weights = site.constant(1)
+    shape, dtype = site.shape(0), site.dtype(0)
     filters = list(weights.shape) if weights is not None else site.shape(1)
     groups = site.attr("group", 1)
     if not all(isinstance(d, int) for d in filters):
         site.unsupported("the shape of the convolution's weights must be known while compiling")
     depth, per_group, *kernel = filters
-    x = site.check_equal(x, [shape[0], depth, *shape[2:]])
+    x = site.check_equal(site.last(0), permuted([shape[0], depth, *shape[2:]], channels_last(len(shape))))
     before, out, strides, dilations = _transposed_geometry(site, shape[2:], kernel)
     channels, maps = per_group * groups, per_group * int(np.prod(kernel, dtype=np.int64))
-    flat = [groups, depth // groups, maps]
-    if weights is not None:
-        w = site.weight(contraction.pack_rows(weights.reshape(flat).transpose(0, 2, 1)), "packed")
-    else:
-        w = site.reshape(site.tensor(1), flat)
+    width = panel_width(site, static_product([shape[0], *shape[2:]]), depth // groups, maps, dtype)
+    w = _spread_weights(site, weights, groups, width, maps)
     spread = site.emit(
-        lambda a, f: convolution.spread(a, f, maps=maps, groups=groups, packed=weights is not None),
+        lambda a, f: convolution.spread(a, f, maps=maps, groups=groups),
         x,
         w,
         name="conv_transpose",
         attributes=contraction.FUSIBLE,
     )
     bias = [site.tensor(2)] if site.has(2) else []
-    dtype = str(x.ty.dtype)
 
     def gather(y: Any, *b: Any) -> Any:
         total = convolution.gather(
@@ -120,7 +244,28 @@ def conv_transpose(site: Site) -> Any:
         )
         return contraction.narrow(total, dtype)
 
-    return site.emit(gather, spread, *bias, name="conv_transpose_gather")
+    return Known(last=site.emit(gather, spread, *bias, name="conv_transpose_gather"))
+
+
+def _spread_weights(site: Site, weights: np.ndarray | None, groups: int, width: int, maps: int) -> Any:
+    """Return ``[C, M/G, *K]`` as ``[G, ceil(maps/width), C/G, width]``: columns are kernel positions, then maps."""
+    if weights is not None:
+        depth = weights.shape[0] // groups
+        ordered = np.moveaxis(weights, 1, -1).reshape(groups, depth, maps)
+        return site.weight(np.stack([contraction.pack_columns(group, width) for group in ordered]), "packed")
+    depth, per_group, *_kernel = site.shape(1)
+    blocks, positions = -(-maps // width), maps // per_group
+    flat = site.reshape(site.tensor(1), [groups, depth // groups, per_group, positions])
+
+    def pack(a: Any) -> Any:
+        def element(g: Any, block: Any, c: Any, lane: Any) -> Any:
+            j = block * width + lane
+            inside = a(g, c, j % per_group, tirx.min(j // per_group, positions - 1))
+            return tirx.if_then_else(j < maps, inside, scalar(0, str(a.dtype)))
+
+        return te.compute((groups, blocks, depth // groups, width), element, "pack")
+
+    return site.emit(pack, flat, name="pack")
 
 
 def _transposed_geometry(

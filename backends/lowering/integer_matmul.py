@@ -10,7 +10,7 @@ from tvm import te, tirx
 
 from optc.backends.kernels import contraction, convolution, integer_contraction
 from optc.backends.lowering.broadcasting import broadcast_shapes, checked
-from optc.backends.lowering.convolution import pack_filters, padded
+from optc.backends.lowering.convolution import pack_filter_rows, padded
 from optc.backends.lowering.emit import shape_of
 from optc.backends.lowering.pointwise import immediate
 from optc.backends.lowering.site import Site, scalar
@@ -176,7 +176,7 @@ def _convolution(site: Site, x_at: int, x_zero: int, w_at: int, w_zero: int, bia
     if packed:
         offset = np.zeros(1, np.int32) if zeros is None else zeros.astype(np.int32).reshape(-1)
         exact = weights.astype(np.int32) - offset.reshape(-1, *[1] * (len(filters) - 1))
-        w = site.weight(pack_filters(exact, groups), "packed")
+        w = site.weight(pack_filter_rows(exact, groups), "packed")
     else:
         w = centered(site, w_at, w_zero, axis=0)
     bias = [] if bias_at is None else [site.tensor(bias_at)]

@@ -20,7 +20,7 @@ from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
 from optc.backends.lowering.branches import block, outline
 from optc.backends.lowering.emit import as_index, shape_of
-from optc.backends.lowering.lower import Known
+from optc.backends.lowering.known import Known
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 

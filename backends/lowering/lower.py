@@ -19,9 +19,11 @@ import onnx_ir as oir
 import tvm
 from tvm import relax, te, tirx
 
-from optc.backends.lowering import branches, shape_values
+from optc.backends.base import Target
+from optc.backends.lowering import branches, layout, shape_values
 from optc.backends.lowering import emit as emission
-from optc.backends.lowering.site import Impossible, Poisoned, Site, Unsupported
+from optc.backends.lowering.known import Known
+from optc.backends.lowering.site import Impossible, Poisoned, Unsupported
 from optc.backends.lowering.table import Lower, outputs
 from optc.errors import UnsupportedModelError
 from optc.ir import provenance
@@ -51,16 +53,6 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Known:
-    """What is known about a value: a Relax tensor, integers, a constant array, or the elements of a sequence."""
-
-    tensor: Any = None
-    integers: np.ndarray | None = None
-    constant: np.ndarray | None = None
-    sequence: tuple[Known, ...] | None = None
-
-
 @dataclass
 class Lowered:
     """A Relax module with function ``main(inputs..., weights...)`` returning a tuple of the outputs."""
@@ -73,19 +65,24 @@ class Lowered:
     """IR node names by the hint their kernels were emitted under."""
 
 
-def lower(model: oir.Model, table: Mapping[tuple[str, str], Lower]) -> Lowered:
-    """Lower ``model``; raises UnsupportedModelError naming every node that cannot be lowered, and why."""
-    return Lowerer(model, table).run()
+def lower(model: oir.Model, table: Mapping[tuple[str, str], Lower], target: Target) -> Lowered:
+    """Lower ``model``; raises UnsupportedModelError naming every node that cannot be lowered, and why.
+
+    Weights are packed as the kernels of ``target`` read them.
+    """
+    return Lowerer(model, table, target).run()
 
 
 class Lowerer:
     """The state of one lowering: builder, lowered values, known integers, weights, symbolic dimensions."""
 
-    def __init__(self, model: oir.Model, table: Mapping[tuple[str, str], Lower]) -> None:
+    def __init__(self, model: oir.Model, table: Mapping[tuple[str, str], Lower], target: Target) -> None:
         self.model = model
         self.table = table
+        self.target = target
         self.builder = relax.BlockBuilder()
         self.tensors: dict[oir.Value, Any] = {}
+        self.channels_last: dict[oir.Value, Any] = {}
         self.integers: dict[oir.Value, np.ndarray] = {}
         self.constants: dict[oir.Value, np.ndarray] = {}
         self.sequences: dict[oir.Value, tuple[Known, ...]] = {}
@@ -96,6 +93,8 @@ class Lowerer:
         self.refused: dict[str, bool] = {}
         """Why nodes cannot be lowered; True for those that no run can reach, which a branch may hold."""
         self.poisoned: set[oir.Value] = set()
+        self.made_last: set[oir.Value] = set()
+        """Values with a channels-last form that was made from the other one."""
         self.read: set[Any] = set()
         self.fork_depth = 0
         self.analyzer = tvm.sym.Analyzer()
@@ -146,11 +145,17 @@ class Lowerer:
     @contextmanager
     def scope(self) -> Iterator[None]:
         """What is lowered inside is unknown outside, where it may never run; so are shapes learned inside."""
-        saved = dict(self.tensors), dict(self.integers), dict(self.constants), dict(self.sequences)
+        saved = (
+            dict(self.tensors),
+            dict(self.channels_last),
+            dict(self.integers),
+            dict(self.constants),
+            dict(self.sequences),
+        )
         try:
             yield
         finally:
-            self.tensors, self.integers, self.constants, self.sequences = saved
+            self.tensors, self.channels_last, self.integers, self.constants, self.sequences = saved
 
     def subgraph(self, graph: oir.Graph) -> list[Any]:
         """Lower a subgraph into the current block; returns its outputs."""
@@ -162,7 +167,9 @@ class Lowerer:
         if value in self.sequences:
             return Known(sequence=self.sequences[value])
         if value in self.integers:
-            return Known(self.tensors.get(value), self.integers[value])
+            return Known(self.tensors.get(value), integers=self.integers[value])
+        if self.is_last(value):
+            return Known(last=self.channels_last[value])
         array = self.constant(value)
         return Known(self.tensor(value), constant=array)
 
@@ -174,10 +181,12 @@ class Lowerer:
         """Let ``value`` be what is ``known``."""
         entries: list[tuple[dict[oir.Value, Any], Any]] = [
             (self.tensors, known.tensor),
+            (self.channels_last, known.last),
             (self.integers, known.integers),
             (self.constants, known.constant),
             (self.sequences, known.sequence),
         ]
+        self.made_last.discard(value)
         for table, entry in entries:
             table.pop(value, None)
             if entry is not None:
@@ -195,7 +204,8 @@ class Lowerer:
             function = self.table.get((node.domain, node.op_type))
             if function is None:
                 raise Unsupported("the operator is not supported")
-            results = outputs(function(Site(self, node)))
+            site = layout.site_for(self, node)
+            results = outputs(function(site))
         except Poisoned:
             self.poisoned.update(node.outputs)
             return
@@ -203,8 +213,10 @@ class Lowerer:
             self.refuse(node, refusal)
             return
         for value, result in zip(node.outputs, results, strict=False):
-            if result is not None:
-                self.define(value, result if isinstance(result, Known) else Known(result))
+            if isinstance(result, Known):
+                self.define(value, result)
+            elif result is not None:
+                self.define(value, Known(last=result) if isinstance(site, layout.LastSite) else Known(result))
 
     def refuse(self, node: oir.Node, refusal: Unsupported) -> None:
         """Note why ``node`` cannot be lowered; what depends on it is not looked at."""
@@ -277,7 +289,10 @@ class Lowerer:
         found = self.tensors.get(value)
         if found is not None:
             return found
-        if value in self.integers:
+        if value in self.channels_last:
+            last = self.channels_last[value]
+            self.tensors[value] = self.transpose(last, layout.channels_first(len(emission.shape_of(last))))
+        elif value in self.integers:
             array = self.constant(value)
             made = self.materialize(self.integers[value], self.dtype(value)) if array is None else None
             self.tensors[value] = made if made is not None else self._inline_or_weight(array, value)
@@ -289,6 +304,54 @@ class Lowerer:
         else:
             raise Unsupported(f"value '{value.name}' of type {value.type} is no tensor that is known here")
         return self.tensors[value]
+
+    def is_last(self, value: oir.Value) -> bool:
+        """Tell whether ``value`` was computed channels-last."""
+        return value in self.channels_last and value not in self.made_last
+
+    def last(self, value: oir.Value) -> Any:
+        """Return ``value [N, C, *S]`` as a Relax tensor ``[N, *S, C]``."""
+        found = self.channels_last.get(value)
+        if found is None:
+            tensor = self.tensor(value)
+            found = self.transpose(tensor, layout.channels_last(len(emission.shape_of(tensor))))
+            self.channels_last[value] = found
+            self.made_last.add(value)
+        return found
+
+    def shape(self, value: oir.Value) -> list[Any]:
+        """Return the dimensions of ``value``: Python ints or symbolic expressions."""
+        if value in self.integers:
+            return list(self.integers[value].shape)
+        if value in self.channels_last:
+            shape = emission.shape_of(self.channels_last[value])
+            return layout.permuted(shape, layout.channels_first(len(shape)))
+        return emission.shape_of(self.tensor(value))
+
+    def rank(self, value: oir.Value) -> int | None:
+        """Return the number of dimensions of ``value`` if it is a tensor that is known here."""
+        if value in self.tensors:
+            return len(emission.shape_of(self.tensors[value]))
+        if value in self.channels_last:
+            return len(emission.shape_of(self.channels_last[value]))
+        if value in self.integers:
+            return self.integers[value].ndim
+        array = self.constant(value)
+        return None if array is None else array.ndim
+
+    def transpose(self, tensor: Any, order: Sequence[int]) -> Any:
+        """Return ``tensor`` with its axes in the given order: a view where no element moves."""
+        shape = emission.shape_of(tensor)
+        if list(order) == list(range(len(shape))):
+            return tensor
+        if layout.moves_nothing(shape, order):
+            return self.reshape(tensor, layout.permuted(shape, order))
+        inverse = [list(order).index(axis) for axis in range(len(order))]
+
+        def compute(a: Any) -> Any:
+            return te.compute([a.shape[p] for p in order], lambda *i: a(*[i[p] for p in inverse]), "transpose")
+
+        return emission.emit(self.builder, compute, [tensor], "transpose", self.symbols)
 
     def _inline_or_weight(self, array: Any, value: oir.Value) -> Any:
         if array.nbytes <= INLINE_CONSTANT_BYTES and array.dtype.kind in "fiub" and array.size:

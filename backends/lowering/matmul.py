@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from tvm import te
 
-from optc.backends.kernels import contraction
+from optc.backends.kernels import contraction, few_rows, register_tile
+from optc.backends.kernels.fused import bits
+from optc.backends.kernels.loops import product as product_of
+from optc.backends.kernels.loops import static
 from optc.backends.lowering.broadcasting import broadcast_shapes, checked
 from optc.backends.lowering.emit import plain, shape_of
 from optc.backends.lowering.site import Site, scalar
@@ -38,7 +42,9 @@ def matmul(site: Site) -> Any:
 
 def packed(site: Site, a: Any, matrix: np.ndarray, name: str = "matmul") -> Any:
     """Emit ``a [..., M, K]`` times a constant ``[K, N]``."""
-    weight = site.weight(contraction.pack_columns(matrix), "packed")
+    rows = static_product(shape_of(a)[:-1])
+    width = panel_width(site, rows, matrix.shape[0], matrix.shape[1], str(a.ty.dtype))
+    weight = site.weight(contraction.pack_columns(matrix, width), "packed")
     a = site.check_equal(a, [*shape_of(a)[:-1], matrix.shape[0]])
     n, dtype = matrix.shape[1], str(a.ty.dtype)
 
@@ -81,7 +87,7 @@ def gemm(site: Site) -> Any:
     depth = (site.shape(1) if constant is None else constant.shape)[1 if trans_b else 0]
     rows = site.shape(0)[1 if trans_a else 0]
     a = site.check_equal(a, [depth, rows] if trans_a else [rows, depth])
-    second = _packed_gemm_weight(site, constant, trans_b) if use_packed else site.tensor(1)
+    second = _packed_gemm_weight(site, constant, trans_b, rows) if use_packed else site.tensor(1)
 
     def compute(x: Any, w: Any, *c: Any) -> Any:
         if use_packed:
@@ -108,8 +114,24 @@ def gemm(site: Site) -> Any:
     return site.emit(compute, a, second, *addends, name="gemm", attributes=contraction.FUSIBLE)
 
 
-def _packed_gemm_weight(site: Site, constant: np.ndarray, transposed: bool) -> Any:
-    return site.weight(contraction.pack_columns(constant.T if transposed else constant), "packed")
+def _packed_gemm_weight(site: Site, constant: np.ndarray, transposed: bool, rows: Any) -> Any:
+    matrix = constant.T if transposed else constant
+    width = panel_width(site, static(rows), matrix.shape[0], matrix.shape[1], site.dtype(0))
+    return site.weight(contraction.pack_columns(matrix, width), "packed")
+
+
+def panel_width(site: Site, rows: int | None, depth: int, columns: int, dtype: str) -> int:
+    """Return how many columns of a constant operand make a panel."""
+    if rows is not None and rows <= few_rows.ROWS:
+        return contraction.COLUMN_BLOCK
+    lanes = register_tile.lanes(site.target, bits(contraction.accumulator(dtype)))
+    count = register_tile.registers(site.target)
+    return lanes * register_tile.tile_vectors(rows, depth, columns, lanes, count)
+
+
+def static_product(sizes: Sequence[Any]) -> int | None:
+    """Return the product of sizes, None if one is symbolic."""
+    return static(product_of(list(sizes)))
 
 
 def _is_one(extent: Any) -> bool:

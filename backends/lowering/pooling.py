@@ -6,9 +6,11 @@ from typing import Any
 
 from tvm import te, tirx
 
-from optc.backends.kernels.contraction import accumulator, narrow, widen
+from optc.backends.kernels.contraction import FUSIBLE, accumulator, narrow, widen
+from optc.backends.kernels.convolution import window
 from optc.backends.lowering.emit import as_index, shape_of
 from optc.backends.lowering.imperative import loop, procedure
+from optc.backends.lowering.known import Known
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 from optc.backends.lowering.windows import Windows, windows
@@ -19,9 +21,11 @@ TABLE = Table()
 @TABLE.lowers("MaxPool")
 def max_pool(site: Site) -> Any:
     """MaxPool-22: maximum over windows, padding never wins; optional flat indices of the first maximum."""
-    x = site.tensor(0)
-    shape, dtype = shape_of(x), str(x.ty.dtype)
+    shape, dtype = site.shape(0), site.dtype(0)
     w = _windows(site, shape)
+    if not site.wants(1):
+        return [Known(last=_max_last(site, w)), None]
+    x = site.tensor(0)
 
     def largest(a: Any) -> Any:
         ks = _axes(w)
@@ -32,8 +36,6 @@ def max_pool(site: Site) -> Any:
         )
 
     y = site.emit(largest, x, name="max_pool")
-    if not site.wants(1):
-        return [y, None]
     sizes = shape[2:]
     column_major = bool(site.attr("storage_order", 0))
     big = tirx.max_value("int64")
@@ -65,32 +67,44 @@ def max_pool(site: Site) -> Any:
     return [y, site.emit(first, x, y, name="max_pool_indices")]
 
 
+def _max_last(site: Site, w: Windows) -> Any:
+    dtype = site.dtype(0)
+
+    def largest(a: Any) -> Any:
+        def term(n: Any, where: Any, _: Any, c: Any) -> Any:
+            return a(n, *where, c)
+
+        shape = [*w.out, a.shape[-1]]
+        low = tirx.min_value(dtype)
+        return window(a, term, te.max, low, w.kernel, w.strides, w.dilations, w.before, shape, "max_pool")
+
+    return site.emit(largest, site.last(0), name="max_pool", attributes=FUSIBLE)
+
+
 @TABLE.lowers("AveragePool")
 def average_pool(site: Site) -> Any:
     """AveragePool-22: sum over windows divided by the elements counted, padding included or not."""
-    x = site.tensor(0)
-    shape, dtype = shape_of(x), str(x.ty.dtype)
+    shape, dtype = site.shape(0), site.dtype(0)
     sizes, w = shape[2:], _windows(site, shape)
     wide = accumulator(dtype)
     include = bool(site.attr("count_include_pad", 0))
 
     def average(a: Any) -> Any:
-        ks = _axes(w)
-        total = te.compute(
-            (*shape[:2], *w.out),
-            lambda n, c, *p: te.sum(widen(_read(a, w, n, c, p, ks, scalar(0, dtype)), wide), axis=ks),
-            "sum_pool",
-        )
+        def term(n: Any, where: Any, _: Any, c: Any) -> Any:
+            return widen(a(n, *where, c), wide)
 
-        def divide(n: Any, c: Any, *p: Any) -> Any:
+        zero, out = scalar(0, wide), [*w.out, a.shape[-1]]
+        total = window(a, term, te.sum, zero, w.kernel, w.strides, w.dilations, w.before, out, "sum_pool")
+
+        def divide(n: Any, *index: Any) -> Any:
             count: Any = tirx.IntImm("int64", 1)
-            for i, o in enumerate(p):
+            for i, o in enumerate(index[:-1]):
                 count = count * _counted(w, i, o, sizes[i], include)
-            return total(n, c, *p) / count.astype(wide)
+            return total(n, *index) / count.astype(wide)
 
         return narrow(te.compute(total.shape, divide, "average"), dtype)
 
-    return site.emit(average, x, name="average_pool")
+    return Known(last=site.emit(average, site.last(0), name="average_pool", attributes=FUSIBLE))
 
 
 def _counted(w: Windows, i: int, o: Any, size: Any, include: bool) -> Any:
@@ -126,24 +140,31 @@ def lp_pool(site: Site) -> Any:
 @TABLE.lowers("GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool")
 def global_pool(site: Site) -> Any:
     """Pool each channel to one value."""
-    x = site.tensor(0)
+    last = site.is_last(0)
+    x = site.last(0) if last else site.tensor(0)
     shape, dtype = shape_of(x), str(x.ty.dtype)
+    sizes = shape[1:-1] if last else shape[2:]
     wide = accumulator(dtype)
-    out = [*shape[:2], *[1] * (len(shape) - 2)]
+    out = [shape[0], *[1] * len(sizes), shape[-1]] if last else [*shape[:2], *[1] * len(sizes)]
     p = site.attr("p", 2)
 
     def pool(a: Any) -> Any:
-        ks = [te.reduce_axis((0, d), f"k{i}") for i, d in enumerate(a.shape[2:])]
+        ks = [te.reduce_axis((0, as_index(d)), f"k{i}") for i, d in enumerate(sizes)]
+
+        def read(*i: Any) -> Any:
+            return a(i[0], *ks, i[-1]) if last else a(i[0], i[1], *ks)
+
         if site.op == "GlobalMaxPool":
-            return te.compute(out, lambda n, c, *_: te.max(a(n, c, *ks), axis=ks), "global_max")
+            return te.compute(out, lambda *i: te.max(read(*i), axis=ks), "global_max")
         if site.op == "GlobalLpPool":
-            total = te.compute(out, lambda n, c, *_: te.sum(_power(widen(a(n, c, *ks), wide), p), axis=ks), "powers")
+            total = te.compute(out, lambda *i: te.sum(_power(widen(read(*i), wide), p), axis=ks), "powers")
             return narrow(_root(total, p), dtype)
-        total = te.compute(out, lambda n, c, *_: te.sum(widen(a(n, c, *ks), wide), axis=ks), "global_sum")
-        count = as_index(_count(shape[2:])).astype(wide)
+        total = te.compute(out, lambda *i: te.sum(widen(read(*i), wide), axis=ks), "global_sum")
+        count = as_index(_count(sizes)).astype(wide)
         return narrow(te.compute(out, lambda *i: total(*i) / count, "average"), dtype)
 
-    return site.emit(pool, x, name=site.op)
+    y = site.emit(pool, x, name=site.op)
+    return Known(last=y) if last else y
 
 
 @TABLE.lowers("MaxUnpool")

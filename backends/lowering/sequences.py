@@ -11,8 +11,8 @@ from tvm import relax
 from optc.backends.lowering import index_math as im
 from optc.backends.lowering.emit import as_index
 from optc.backends.lowering.indexing import take_one
+from optc.backends.lowering.known import Known
 from optc.backends.lowering.loops import stack
-from optc.backends.lowering.lower import Known
 from optc.backends.lowering.site import Site
 from optc.backends.lowering.table import Table
 from optc.backends.lowering.tensor import join, window

@@ -81,7 +81,7 @@ def evaluate(node: oir.Node, lowerer: Lowerer) -> np.ndarray | None:
 def _known(value: oir.Value, lowerer: Lowerer) -> np.ndarray | None:
     if value in lowerer.integers:
         return lowerer.integers[value]
-    if value.dtype not in _TRACKED or value in lowerer.tensors:
+    if value.dtype not in _TRACKED or value in lowerer.tensors or value in lowerer.channels_last:
         return None
     array = lowerer.constant(value)
     if array is None or array.size > _LIMIT:
@@ -120,8 +120,7 @@ def _shape(node: oir.Node, lowerer: Lowerer) -> np.ndarray | None:
     value = node.inputs[0]
     if value is None:
         return None
-    known = lowerer.integers.get(value)
-    dims = list(known.shape) if known is not None else emission.shape_of(lowerer.tensor(value))
+    dims = lowerer.shape(value)
     if node.op_type == "Size":
         total: Any = 1
         for dim in dims:

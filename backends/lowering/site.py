@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as oir
 from tvm import relax, tirx
 
+from optc.backends.base import Target
 from optc.backends.lowering import emit as emission
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ class Site:
         self.lowerer = lowerer
         self.node = node
         self.op = node.op_type
+
+    @property
+    def target(self) -> Target:
+        """The machine that is compiled for."""
+        return self.lowerer.target
 
     def attr(self, name: str, default: Any = None) -> Any:
         """Return the Python value of an attribute (int, float, str, list, array of a tensor), or ``default``."""
@@ -79,15 +85,21 @@ class Site:
         """Return input ``index`` as a Relax tensor expression."""
         return self.lowerer.tensor(self.value(index))
 
+    def last(self, index: int) -> Any:
+        """Return input ``index``, ``[N, C, *S]``, as a Relax tensor ``[N, *S, C]``."""
+        return self.lowerer.last(self.value(index))
+
+    def is_last(self, index: int) -> bool:
+        """Tell whether input ``index`` was computed channels-last."""
+        return self.lowerer.is_last(self.value(index))
+
     def tensors(self) -> list[Any]:
         """Return all inputs as Relax tensor expressions (none may be absent)."""
         return [self.tensor(i) for i in range(self.input_count)]
 
     def shape(self, index: int) -> list[Any]:
         """Return the dimensions of input ``index``: Python ints or symbolic expressions."""
-        value = self.value(index)
-        known = self.lowerer.integers.get(value)
-        return list(known.shape) if known is not None else emission.shape_of(self.lowerer.tensor(value))
+        return self.lowerer.shape(self.value(index))
 
     def rank(self, index: int) -> int:
         """Return the number of dimensions of input ``index``."""

@@ -12,6 +12,8 @@ from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
 from optc.backends.lowering.broadcasting import broadcast_shapes, checked, read_index
 from optc.backends.lowering.emit import as_index, shape_of
+from optc.backends.lowering.known import Known
+from optc.backends.lowering.layout import channels_last, permuted
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 
@@ -36,7 +38,19 @@ def reshape(site: Site) -> Any:
         wanted = _with_open_axis(data, wanted)
     if im.known(*data, *wanted) and im.product(data) != im.product(wanted):
         site.impossible(f"shape {data} cannot become {wanted}")
-    return site.reshape(site.tensor(0), site.settle(wanted))
+    return reshaped(site, site.settle(wanted))
+
+
+def reshaped(site: Site, shape: Sequence[Any]) -> Any:
+    """Return input 0 with another shape; channels stay last where batch and channels stay as they are."""
+    found = site.shape(0)
+    if (
+        site.is_last(0)
+        and len(shape) > 2
+        and all(site.prove_equal(a, b) for a, b in zip(found[:2], shape, strict=False))
+    ):
+        return Known(last=site.reshape(site.last(0), permuted(list(shape), channels_last(len(shape)))))
+    return site.reshape(site.tensor(0), shape)
 
 
 def _with_open_axis(data: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
@@ -51,7 +65,7 @@ def flatten(site: Site) -> Any:
     """Flatten-25."""
     shape = site.shape(0)
     axis = im.axis_of(site.attr("axis", 1), len(shape))
-    return site.reshape(site.tensor(0), [im.product(shape[:axis]), im.product(shape[axis:])])
+    return reshaped(site, [im.product(shape[:axis]), im.product(shape[axis:])])
 
 
 def _is_axis(which: Any, axis: int, rank: int) -> Any:
@@ -71,7 +85,7 @@ def squeeze(site: Site) -> Any:
         axes = [i for i, d in enumerate(shape) if d == 1]
     else:
         site.unsupported("without axes, the rank of the result depends on symbolic dimensions")
-    return site.reshape(site.tensor(0), site.settle(_without(site, shape, axes)))
+    return reshaped(site, site.settle(_without(site, shape, axes)))
 
 
 def _without(site: Site, shape: Sequence[Any], axes: Sequence[Any]) -> list[Any]:
@@ -99,7 +113,7 @@ def unsqueeze(site: Site) -> Any:
     if im.known(*axes):
         for axis in sorted(im.axis_of(a, rank) for a in axes):
             shape.insert(axis, 1)
-        return site.reshape(site.tensor(0), shape)
+        return reshaped(site, shape)
     result: list[Any] = []
     place: Any = 0
     for axis in range(rank):
@@ -117,6 +131,9 @@ def transpose(site: Site) -> Any:
     """Transpose-25."""
     shape = site.shape(0)
     order = site.attr("perm") or list(range(len(shape)))[::-1]
+    if site.is_last(0):
+        axes = channels_last(len(shape))
+        return site.lowerer.transpose(site.last(0), [axes.index(axis) for axis in order])
     moved = [axis for axis in order if not (im.known(shape[axis]) and shape[axis] == 1)]
     if moved == sorted(moved):
         return site.reshape(site.tensor(0), [shape[axis] for axis in order])

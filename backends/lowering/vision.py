@@ -9,7 +9,7 @@ from tvm import te, tirx
 
 from optc.backends.kernels import contraction, convolution, sampling, vector_math
 from optc.backends.kernels.interpolation import real
-from optc.backends.lowering.convolution import pack_filters
+from optc.backends.lowering.convolution import pack_filter_rows
 from optc.backends.lowering.emit import as_index, shape_of
 from optc.backends.lowering.imperative import loop, procedure, variable
 from optc.backends.lowering.site import Site
@@ -145,7 +145,7 @@ def deform_conv(site: Site) -> Any:
     weights = site.constant(1)
     depth = [filters[0], filters[1] * count]
     if weights is not None:
-        w = site.weight(pack_filters(weights.reshape(*depth, *[1] * rank), groups), "packed")
+        w = site.weight(pack_filter_rows(weights.reshape(*depth, *[1] * rank), groups), "packed")
     else:
         w = site.reshape(site.tensor(1), [*depth, *[1] * rank])
     bias = [site.tensor(3)] if site.has(3) else []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import tvm
 from tvm import te, tirx
 
 from optc.backends.base import Target
-from optc.backends.kernels import contraction, contraction_schedule, convolution, depthwise
+from optc.backends.kernels import contraction, contraction_schedule, convolution, window
 from optc.backends.kernels.fused import take_apart
 
 F = np.float32
@@ -46,7 +48,7 @@ def matmul_function(m, k, n, epilogue=lambda acc: acc):
 
 def test_packing_pads_with_zeros():
     w = data(5, 20)
-    packed = contraction.pack_columns(w)
+    packed = contraction.pack_columns(w, 16)
     assert packed.shape == (2, 5, 16)
     np.testing.assert_array_equal(packed.transpose(1, 0, 2).reshape(5, 32)[:, :20], w)
     assert not packed[1, :, 4:].any()
@@ -61,7 +63,7 @@ def test_packed_matmul(target, m, k, n):
     scheduled = contraction_schedule.schedule(matmul_function(m, k, n), TARGETS[target])
     assert scheduled is not None
     a, w = data(m, k), data(k, n, seed=1)
-    got = call(scheduled, a, contraction.pack_columns(w), np.zeros((m, n), F))
+    got = call(scheduled, a, contraction.pack_columns(w, 16), np.zeros((m, n), F))
     np.testing.assert_allclose(got, a @ w, rtol=1e-4, atol=1e-5)
 
 
@@ -74,7 +76,7 @@ def test_the_epilogue_runs_on_the_tile():
     assert fused is not None and fused.tail is None
     a, w = data(13, 9), data(9, 20, seed=1)
     scheduled = contraction_schedule.schedule(function, TARGETS["avx2"])
-    got = call(scheduled, a, contraction.pack_columns(w), np.zeros((13, 20), F))
+    got = call(scheduled, a, contraction.pack_columns(w, 16), np.zeros((13, 20), F))
     np.testing.assert_allclose(got, np.maximum(a @ w, 0), rtol=1e-4, atol=1e-5)
 
 
@@ -91,7 +93,7 @@ def test_a_larger_last_stage_gets_loops_of_its_own():
     assert fused is not None and fused.tail is not None
     a, w = data(6, 9), data(9, 20, seed=1)
     scheduled = contraction_schedule.schedule(function, TARGETS["avx2"])
-    got = call(scheduled, a, contraction.pack_columns(w), np.ones((8, 20), F))
+    got = call(scheduled, a, contraction.pack_columns(w, 16), np.ones((8, 20), F))
     np.testing.assert_allclose(got, np.pad(a @ w, [(0, 2), (0, 0)]), rtol=1e-4, atol=1e-5)
 
 
@@ -99,37 +101,28 @@ def test_other_functions_are_declined():
     a = te.placeholder((4, 4), "float32", "a")
     plain = te.create_prim_func([a, te.compute((4, 4), lambda i, j: a[i, j] + 1.0)], "int64")
     assert contraction_schedule.schedule(plain, TARGETS["avx2"]) is None
-    assert depthwise.schedule(plain, TARGETS["avx2"]) is None
+    assert window.schedule(plain, TARGETS["avx2"]) is None
     k = te.reduce_axis((0, 4), "k")
     largest = te.compute((4,), lambda i: te.max(a[i, k], axis=k), "matmul", attrs=contraction.annotate([0], []))
     assert contraction_schedule.schedule(te.create_prim_func([a, largest], "int64"), TARGETS["avx2"]) is None
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("channels", [1, 5, 8, 19])
 @pytest.mark.parametrize("width", [1, 3, 7, 8, 21])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_depthwise_rows_of_any_width(target, width, stride):
+def test_depthwise_of_any_width(target, channels, width, stride):
     size = (width - 1) * stride + 1
-    x = te.placeholder((1, 2, 5, size), "float32", "x")
-    w = te.placeholder((2, 1, 3, 3), "float32", "w")
-    out = convolution.depthwise(
-        x,
-        w,
-        channels=2,
-        strides=[1, stride],
-        dilations=[1, 1],
-        out=[5, width],
-        kernel=[3, 3],
-        before=[1, 1],
-        after=[1, 1],
-    )
-    scheduled = depthwise.schedule(te.create_prim_func([x, w, out], "int64"), TARGETS[target])
+    x = te.placeholder((1, 5, size, channels), "float32", "x")
+    w = te.placeholder((3, 3, channels), "float32", "w")
+    out = convolution.depthwise(x, w, strides=[1, stride], dilations=[1, 1], before=[1, 1], out=[5, width])
+    scheduled = window.schedule(te.create_prim_func([x, w, out], "int64"), TARGETS[target])
     assert scheduled is not None
-    image, weights = data(1, 2, 5, size), data(2, 1, 3, 3, seed=1)
-    got = call(scheduled, image, weights, np.zeros((1, 2, 5, width), F))
-    padded = np.pad(image, [(0, 0), (0, 0), (1, 1), (1, 1)])
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, :, ::stride]
-    np.testing.assert_allclose(got, np.einsum("nchwij,cij->nchw", windows, weights[:, 0]), rtol=1e-4, atol=1e-5)
+    image, weights = data(1, 5, size, channels), data(3, 3, channels, seed=1)
+    got = call(scheduled, image, weights, np.zeros((1, 5, width, channels), F))
+    padded = np.pad(image, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, :, ::stride]
+    np.testing.assert_allclose(got, np.einsum("nhwcij,ijc->nhwc", windows, weights), rtol=1e-4, atol=1e-5)
 
 
 def test_accumulators_stay_in_registers():
@@ -140,7 +133,9 @@ def test_accumulators_stay_in_registers():
     scheduled = contraction_schedule.schedule(function, TARGETS["avx2"])
     target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
     assembly = tvm.compile(scheduled.with_attr("global_symbol", "main"), target=target).mod.inspect_source("asm")
-    loop = assembly[: assembly.index("vfmadd")].rindex("\n.LBB")
-    body = assembly[loop : assembly.index("\n\tj", assembly.rindex("vfmadd"))]
-    assert body.count("vfmadd") == 12
-    assert "%ymm" in body and not any("vmov" in line and line.rstrip().endswith(")") for line in body.splitlines())
+    loops = [block for block in re.split(r"\n(?=\.LBB)", assembly) if "vfmadd" in block]
+    assert loops
+    for block in loops:
+        body = block[: block.index("\n\tj", block.rindex("vfmadd"))]
+        assert body.count("vfmadd") == 12
+        assert "%ymm" in body and not any("vmov" in line and line.rstrip().endswith(")") for line in body.splitlines())

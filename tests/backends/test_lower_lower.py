@@ -7,6 +7,7 @@ import onnx
 import onnx.parser
 import pytest
 
+from optc.backends.cpu.target import resolve
 from optc.backends.lowering import TABLE
 from optc.backends.lowering.lower import Lowerer, lower
 from optc.errors import UnsupportedModelError
@@ -21,7 +22,7 @@ def parse(text: str) -> onnx.ModelProto:
 
 def kernels(text: str) -> list[str]:
     """Return the names of the kernels that a model is lowered to."""
-    module = lower(load(parse(text)), TABLE).module
+    module = lower(load(parse(text)), TABLE, resolve("cpu")).module
     return sorted(str(v.name_hint) for v in module.functions if str(v.name_hint) != "main")
 
 
@@ -86,11 +87,11 @@ def test_everything_refused_is_named_at_once():
     text = """g (float[a, b] x, string[n] t) => (float y) {
         k = RandomNormalLike(x) y = RandomUniformLike(k) z = Multinomial(x) }"""
     with pytest.raises(UnsupportedModelError) as caught:
-        lower(load(parse(text)), TABLE)
+        lower(load(parse(text)), TABLE, resolve("cpu"))
     assert "'t'" in str(caught.value)
     text = text.replace(", string[n] t", "")
     with pytest.raises(UnsupportedModelError) as caught:
-        lower(load(parse(text)), TABLE)
+        lower(load(parse(text)), TABLE, resolve("cpu"))
     message = str(caught.value)
     assert "RandomNormalLike" in message
     assert "Multinomial" in message
@@ -99,7 +100,7 @@ def test_everything_refused_is_named_at_once():
 
 
 def test_weights_of_one_name_and_different_contents_are_two():
-    lowerer = Lowerer(load(parse("g (float[a] x) => (float[a] y) { y = Neg(x) }")), TABLE)
+    lowerer = Lowerer(load(parse("g (float[a] x) => (float[a] y) { y = Neg(x) }")), TABLE, resolve("cpu"))
     first = lowerer.weight(np.zeros(3, "f4"), "w")
     assert lowerer.weight(np.zeros(3, "f4"), "w") is first
     assert lowerer.weight(np.ones(3, "f4"), "w") is not first

@@ -1,0 +1,320 @@
+"""The schedule of contractions whose column operand was packed into panels while compiling.
+
+    for (batch, chunk of row tiles, group of column tiles):      parallel
+        for column tile of the group, for row tile of the chunk:
+            acc[MR, NR] = sum over k of row_operand[MR, k] * panel[k, NR]       registers
+            out = epilogue(acc)
+
+A chunk's rows stay in the second-level cache while all panels of the group pass over them, and each panel is read
+once for each chunk. The row operand may gather (a convolution reads pixels): an address is the sum of a part that
+depends on the row, computed once per tile, and one that depends on k. Rows may be symbolic: a tile that sticks out
+reads the last row again and stores what is inside.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+
+from optc.backends.base import Target
+from optc.backends.kernels import loops, register_tile
+from optc.backends.kernels.fused import Axes, Fused, Reader, bits
+from optc.backends.kernels.loops import bind, load, loop, replace, sequence, static, store
+
+CHUNK_BYTES = 192 * 1024
+"""Bytes of row operand that stay in the second-level cache while panels pass over them."""
+_TASKS = 8
+"""Tasks to make where there is work for them: they divide evenly among 2, 4 or 8 threads."""
+_TASK_WORK = 200_000
+"""Multiply-adds below which a task is not worth its own thread."""
+
+
+FAR_BYTES = 256 * 1024
+"""Bytes of panels beyond which they come from memory in each run."""
+
+
+def prefetch(element: Any) -> Any:
+    """Return the instruction that moves the cache line of ``element`` to the second-level cache."""
+    address = tirx.address_of(element)
+    read, locality, data = (tirx.const(v, "int32") for v in (0, 2, 1))
+    return tirx.call_intrin("void", "tirx.prefetch", address, read, locality, data)
+
+
+class PackedGenerator:
+    """Writes the loop nest of one contraction with packed columns for one target."""
+
+    def __init__(self, fused: Fused, target: Target) -> None:
+        self.reader = Reader(fused)
+        self.fused = fused = self.reader.fused
+        self.row_operand, self.column_operand = fused.core.body.value.b.a, fused.core.body.value.b.b
+        annotations = fused.core.annotations
+        rows, columns = ([int(i) for i in annotations[f"optc.{key}"]] for key in ("rows", "columns"))
+        batch = [i for i in range(len(fused.spatial.variables)) if i not in rows and i not in columns]
+        self.rows, self.columns, self.batch = (_pick(fused.spatial, axes) for axes in (rows, columns, batch))
+        self.reduced = fused.reduced
+        self.dtype = str(fused.accumulator.dtype)
+        size = self.reader.size
+        self.r, self.b = size(self.rows.total), size(self.batch.total)
+        self.n, self.k = int(self.columns.total), int(self.reduced.total)
+        self.lanes = register_tile.lanes(target, bits(self.dtype))
+        self.nr = int(loops.loads(self.column_operand)[0].source.shape[-1])
+        self.lanes = min(self.lanes, self.nr)
+        vectors = -(-self.nr // self.lanes)
+        count = register_tile.registers(target)
+        self.mr = register_tile.tile_rows(static(self.r), self.k, min(vectors, -(-self.n // self.lanes)), count)
+        self.row_tiles = size(loops.ceildiv(self.r, self.mr))
+        self.whole_tiles = self.n // self.nr
+        self.exact = static(self.r) is not None and self.r % self.mr == 0
+        self.address = self._separate()
+        operand = loops.loads(self.column_operand)[0].source
+        self.far = prod(int(d) for d in operand.shape) * bits(str(operand.dtype)) // 8 > FAR_BYTES
+
+    def function(self) -> Any:
+        """Return the function with its body replaced."""
+        chunk, groups = self._chunk_tiles(), self._groups()
+        chunks = self.reader.size(loops.ceildiv(self.row_tiles, chunk))
+        self.tail, allocate = loops.scratch("tail", self.mr * self.lanes, self.dtype)
+        partial = self.n % self.lanes != 0
+
+        def body(b: Any, c: Any, g: Any) -> Any:
+            first = c * chunk
+            here = self.row_tiles if chunk == static(self.row_tiles) else loops.smaller(chunk, self.row_tiles - first)
+            return sequence(
+                allocate if partial else None,
+                bind("first", first, lambda start: self._panels(self.batch.at(b), start, here, g, groups)),
+            )
+
+        def task(o: Any) -> Any:
+            coordinates = [self.b, chunks, groups]
+            b, c, g = loops.unravel(o, coordinates)
+            return bind("batch", b, lambda b: bind("chunk", c, lambda c: bind("group", g, lambda g: body(b, c, g))))
+
+        return self.reader.finish(loop("task", self.b * chunks * groups, task, "parallel"))
+
+    def _chunk_tiles(self) -> int:
+        """Return how many row tiles make a chunk."""
+        row_bytes = max(1, self._row_elements() * bits(self.dtype) // 8)
+        fit = max(4, CHUNK_BYTES // (row_bytes * self.mr))
+        tiles, batch = static(self.row_tiles), static(self.b)
+        if tiles is None or batch is None:
+            return fit
+        chunks = max(1, -(-tiles // fit))
+        wanted = min(_TASKS, max(1, batch * self.r * self.n * self.k // _TASK_WORK))
+        while batch * chunks % wanted and chunks < tiles and -(-tiles // (chunks + 1)) >= 8:
+            chunks += 1
+        return max(1, -(-tiles // chunks))
+
+    def _row_elements(self) -> int:
+        """Return about how many elements of the row operand one row adds to those of the row before."""
+        own = static(self.reduced.extents[-1]) if self.reduced.extents else 1
+        if self.address is None or own is None:
+            return self.k
+        _, _, x = self.address
+        total, rows = static(self.reader.size(loops.product(list(x.source.shape)))), static(self.r)
+        return min(self.k, max(own, total // rows)) if total and rows else own
+
+    def _groups(self) -> int:
+        """Return into how many groups the column tiles are divided, so that there are tasks for all threads."""
+        column_tiles = -(-self.n // self.nr)
+        tiles, batch = static(self.row_tiles), static(self.b)
+        if tiles is None or batch is None:
+            return min(2, column_tiles)
+        chunks = max(1, batch * -(-tiles // self._chunk_tiles()))
+        wanted = min(_TASKS, max(1, batch * self.r * self.n * self.k // _TASK_WORK))
+        groups = min(column_tiles, -(-wanted // chunks)) if chunks < wanted else 1
+        return -(-column_tiles // -(-column_tiles // groups))
+
+    def _panels(self, places: dict[Any, Any], first: Any, here: Any, group: Any, groups: int) -> Any:
+        """Pass the panels of a group over the rows of a chunk; the last panel may be narrower."""
+        column_tiles = -(-self.n // self.nr)
+        per_group = -(-column_tiles // groups)
+
+        def rows(t: Any, width: int) -> Any:
+            return loop("r", here, lambda r: self._tile(places, first, r, t, width))
+
+        whole = self.whole_tiles if groups == 1 else loops.smaller((group + 1) * per_group, self.whole_tiles)
+        begin = 0 if groups == 1 else group * per_group
+        count = whole if groups == 1 else tirx.max(loops.index(whole) - begin, loops.index(0))
+        inner = None
+        if self.whole_tiles:
+            inner = loop("t", count, lambda t: bind("panel", begin + t, lambda t: rows(t, self.nr)))
+        if self.n % self.nr == 0:
+            return inner
+        last = rows(self.whole_tiles, self.n % self.nr)
+        if groups > 1:
+            last = tirx.IfThenElse(loops.index(group) == groups - 1, last, None)
+        return sequence(inner, last)
+
+    def _next_panel(self, places: dict[Any, Any], r: Any, t: Any) -> tuple[Any, list[Any]]:
+        """Return the function that fetches, step by step, part ``r`` of the next panel into the second-level cache.
+
+        Panels of a large operand come from memory, where the first rows of a chunk would wait for each line. In
+        memory the next batch follows the last panel of this one.
+        """
+        operand = loops.loads(self.column_operand)[0].source
+        if not self.far:
+            return lambda _: None, []
+        tiles = min(self._chunk_tiles(), static(self.row_tiles) or 2**30)
+        step = -(-self.nr // tiles)
+        first = self._column(places, t + 1, loops.index(0), 0)
+        start = tirx.Var("ahead", "int64")
+        view = self.reader.flatten(tirx.BufferLoad(operand, [loops.index(0)] * len(operand.shape)), []).source
+        place = loops.loads(first)[0].indices[0]
+        return lambda k: tirx.Evaluate(prefetch(load(view, start + k * step))), [
+            tirx.Bind(start, place + r * (self.k * step))
+        ]
+
+    def _tile(self, places: dict[Any, Any], first: Any, step: Any, t: Any, width: int) -> Any:
+        """Return the register tile of row tile ``first + step`` and ``width`` columns of column tile ``t``."""
+        mr, lanes, r = self.mr, self.lanes, first + step
+        ahead, ahead_bindings = self._next_panel(places, step, t)
+        vectors = -(-width // lanes)
+        acc, allocate = loops.scratch("acc", mr * vectors * lanes, self.dtype)
+        zero = tirx.const(0, self.dtype)
+        spots = [(i, v, (i * vectors + v) * lanes) for i in range(mr) for v in range(vectors)]
+        rows = [self._row_places(places, r, i) for i in range(mr)]
+        starts, bindings = self._starts(rows)
+
+        def update(k: Any, at: dict[Any, Any]) -> Any:
+            step = self._step(k, at, places)
+            left = [step(rows[i], starts[i] if starts else None) for i in range(mr)]
+
+            def element(i: int, v: int, spot: int) -> Any:
+                def lane(offset: Any) -> Any:
+                    right = self._column(places, t, k, v * lanes + offset)
+                    return store(acc, spot + offset, load(acc, spot + offset) + left[i] * right)
+
+                return self.reader.lanewise(lanes, lane)
+
+            return sequence(ahead(k), *(element(*spot) for spot in spots))
+
+        return sequence(
+            allocate,
+            *bindings,
+            *ahead_bindings,
+            *(self.reader.lanewise(lanes, lambda lane, s=s: store(acc, s + lane, zero)) for _, _, s in spots),
+            self._over_reduced(update),
+            self._store(places, r, t, acc, width),
+        )
+
+    def _row_places(self, places: dict[Any, Any], r: Any, i: int) -> tuple[dict[Any, Any], Any]:
+        position = r * self.mr + i
+        if not self.exact:
+            position = loops.smaller(position, self.r - 1)
+        return {**places, **self.rows.at(position)}, position
+
+    def _separate(self) -> tuple[list[Any], list[Any], Any] | None:
+        """Split the indices of the row operand's only load into parts of the row and of the reduced axes."""
+        found = loops.loads(self.row_operand)
+        if len(found) != 1:
+            return None
+        (x,) = found
+        zeros = {v: loops.index(0) for v in self.reduced.variables}
+        own, rest = [], []
+        for value in x.indices:
+            part = replace(value, zeros)
+            difference = self.reader.analyzer.simplify(value - part)
+            if loops.uses(difference, self.rows.variables + self.batch.variables):
+                return None
+            own.append(part)
+            rest.append(difference)
+        return own, rest, x
+
+    def _starts(self, rows: list[tuple[dict[Any, Any], Any]]) -> tuple[list[Any], list[Any]]:
+        """Return a variable with the address of each row, and the statements that bind them."""
+        if self.address is None:
+            return [], []
+        own, _, x = self.address
+        slot = tirx.BufferLoad(x.source, own)
+        memory, allocate = loops.scratch("rows", self.mr, "int64")
+        names, writes, reads = [], [], []
+        for i, (where, position) in enumerate(rows):
+            offset = self.reader.value(slot, where, flat=[(self.rows, position)]).indices[0]
+            names.append(tirx.Var(f"row{i}", "int64"))
+            writes.append(store(memory, i, offset))
+            reads.append(tirx.Bind(names[i], load(memory, i)))
+        return names, [allocate, *writes, *reads]
+
+    def _step(self, k: Any, at: dict[Any, Any], places: dict[Any, Any]) -> Any:
+        """Return the function that gives the row operand of one row at ``k``."""
+        if self.address is None:
+            return lambda row, _: self.reader.value(
+                self.row_operand, {**row[0], **at}, flat=[(self.rows, row[1]), (self.reduced, k)]
+            )
+        _, rest, x = self.address
+        offset = self.reader.value(tirx.BufferLoad(x.source, rest), {**places, **at}).indices[0]
+        view = self.reader.flatten(x, []).source
+
+        def value(_: Any, start: Any) -> Any:
+            element = load(view, start + offset)
+            return tvm_ffi.structural_map(self.row_operand, [(tvm.ir.TensorLoad, lambda _: element)], order="pre")
+
+        return value
+
+    def _column(self, places: dict[Any, Any], t: Any, k: Any, offset: Any) -> Any:
+        position = t * self.nr + offset
+        where = {**places, **self.columns.at(position), **self.reduced.at(k)}
+        return self.reader.value(self.column_operand, where, flat=[(self.columns, position), (self.reduced, k)])
+
+    def _over_reduced(self, body: Any) -> Any:
+        """Loops over the reduced axes, giving the flat position and the value of each variable."""
+        axes = self.reduced
+
+        def nest(position: int, flat: Any, at: dict[Any, Any]) -> Any:
+            if position == len(axes.variables):
+                return body(flat, at)
+            extent, variable = axes.extents[position], axes.variables[position]
+            return loop("k", extent, lambda k: nest(position + 1, flat * extent + k, {**at, variable: k}))
+
+        return nest(0, loops.index(0), {})
+
+    def _store(self, places: dict[Any, Any], r: Any, t: Any, acc: Any, width: int) -> Any:
+        """Return the epilogue: whole vectors, and the rest of a row element by element."""
+        lanes = self.lanes
+        whole, rest = divmod(width, lanes)
+        pitch = -(-width // lanes) * lanes
+
+        def put(value: Any, i: Any, j: Any) -> Any:
+            row, column = r * self.mr + i, t * self.nr + j
+            where = {**places, **self.rows.at(row), **self.columns.at(column)}
+            return self.reader.store(where, [(self.rows, row), (self.columns, column)], value)
+
+        def guarded(i: Any, statement: Any) -> Any:
+            if self.exact:
+                return statement
+            return tirx.IfThenElse(loops.index(r * self.mr + i) < loops.index(self.r), statement, None)
+
+        def vectors(i: int) -> Any:
+            starts = [v * lanes for v in range(whole)]
+            return sequence(
+                *(
+                    self.reader.lanewise(lanes, lambda lane, j=j: put(load(acc, i * pitch + j + lane), i, j + lane))
+                    for j in starts
+                )
+            )
+
+        full = [guarded(i, vectors(i)) for i in range(self.mr)] if whole else []
+        if not rest:
+            return sequence(*full)
+        # Accumulators indexed by a variable would leave their registers, so these are copied first.
+        copies = [
+            self.reader.lanewise(
+                lanes,
+                lambda lane, i=i: store(self.tail, i * lanes + lane, load(acc, i * pitch + whole * lanes + lane)),
+            )
+            for i in range(self.mr)
+        ]
+
+        def element(i: Any, j: Any) -> Any:
+            return put(load(self.tail, i * lanes + j), i, whole * lanes + j)
+
+        partial = loop("i", self.mr, lambda i: guarded(i, loop("j", rest, lambda j: element(i, j))))
+        return sequence(*full, *copies, partial)
+
+
+def _pick(axes: Axes, positions: list[int]) -> Axes:
+    return Axes([axes.variables[i] for i in positions], [axes.extents[i] for i in positions])

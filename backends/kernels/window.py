@@ -1,0 +1,241 @@
+"""The schedule of depthwise convolution and pooling on channels-last images: ``convolution.window``.
+
+    for row of output pixels:                   parallel
+        for tile of P pixels whose windows are inside of the image:
+            for vector of channels:
+                acc[P] = reduction over the rows of the window, its columns unrolled          registers
+                out = epilogue(acc)
+        the same, pixel by pixel, for the border columns, over the part of the window that is inside
+
+Rows of the window outside of the image are skipped, so nothing is padded. The last tile of a row, and the last
+vector of the channels, are moved back so that they end with the row: what they compute again is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from optc.backends.base import Target
+from optc.backends.kernels import loops, register_tile
+from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
+from optc.backends.kernels.loops import bind, load, loop, replace, sequence, static, store
+
+TEMPLATE = "window"
+_COLUMNS = 11
+"""Window columns up to which they are unrolled."""
+_PIXELS = (4, 6, 5, 7, 3, 2)
+"""Numbers of pixels in a tile, the preferred ones first."""
+
+
+def schedule(function: Any, target: Target) -> Any:
+    """Return ``function`` as vector loops, or None if its windows are too wide."""
+    fused = take_apart(function, TEMPLATE)
+    if fused is None or fused.padding is not None or not fused.reduced.extents:
+        return None
+    window = [static(e) for e in fused.reduced.extents]
+    if any(e is None or e == 0 for e in window) or (window[-1] or 1) > _COLUMNS:
+        return None
+    if len(fused.reduced.variables) != len(fused.spatial.variables) - 2:
+        return None
+    generator = _Generator(fused, target)
+    return generator.function() if generator.image is not None else None
+
+
+class _Generator:
+    """Writes the loop nest of one reduction over windows for one target."""
+
+    def __init__(self, fused: Fused, target: Target) -> None:
+        self.reader = Reader(fused)
+        self.fused = fused = self.reader.fused
+        self.dtype = str(fused.accumulator.dtype)
+        value = fused.core.body.value
+        self.combine = type(value)
+        term = value.b
+        guarded = isinstance(term, tvm.ir.Call) and str(term.op.name) == "tirx.if_then_else"
+        self.term = term.args[1] if guarded else term
+        self.identity = fused.core.init.value
+        self.strides = [int(s) for s in fused.core.annotations["optc.strides"]]
+        self.dilations = [int(d) for d in fused.core.annotations["optc.dilations"]]
+        self.window = [int(e) for e in fused.reduced.extents]
+        _, *pixel, channel = fused.spatial.variables
+        self.pixel, self.channel = pixel, channel
+        self.image = self._image()
+        self.channels = fused.spatial.extents[-1]
+        lanes = register_tile.lanes(target, bits(self.dtype))
+        known = static(self.channels)
+        while known is not None and lanes > max(known, 1):
+            lanes //= 2
+        self.lanes = lanes if known is not None else 1
+
+    def _image(self) -> Any:
+        """Return the load from the image: the one whose places move with the pixel and the window."""
+        window, pixel = self.fused.reduced.variables[-1], self.pixel[-1]
+        for x in loops.loads(self.term):
+            moving = len(x.indices) == len(self.pixel) + 2 and loops.uses(x.indices[-2], [window])
+            if moving and loops.uses(x.indices[-2], [pixel]):
+                return x
+        return None
+
+    def function(self) -> Any:
+        """Return the function with its body replaced."""
+        extents = self.fused.spatial.extents
+        outer = Axes(self.fused.spatial.variables[:-2], extents[:-2])
+        before, sizes = self._border()
+
+        def row(position: Any) -> Any:
+            places = outer.at(position)
+            named = {v: tirx.Var(f"y{i}", "int64") for i, v in enumerate(outer.variables)}
+            bindings = [tirx.Bind(named[v], loops.index(places[v])) for v in outer.variables]
+            ranges, more = self._ranges(named, before, sizes)
+            return sequence(*bindings, *more, self._row(named, ranges, before[-1], sizes[-1]))
+
+        return self.reader.finish(loop("row", outer.total, row, "parallel"))
+
+    def _border(self) -> tuple[list[Any], list[Any]]:
+        """Return the padding before and the size of each axis of the image."""
+        zeros = {v: loops.index(0) for v in (*self.pixel, *self.fused.reduced.variables)}
+        simplify = self.reader.analyzer.simplify
+        before = [loops.plain(simplify(loops.index(0) - replace(i, zeros))) for i in self.image.indices[1:-1]]
+        return [self.reader.size(b) for b in before], [self.reader.size(e) for e in self.image.source.shape[1:-1]]
+
+    def _ranges(self, places: dict[Any, Any], before: list[Any], sizes: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Return the first and last+1 window position inside of the image for all axes but the last, and bindings."""
+        ranges, bindings = [], []
+        for axis in range(len(self.pixel) - 1):
+            found = self._inside(axis, places[self.pixel[axis]], before[axis], sizes[axis])
+            if isinstance(found, int):
+                ranges.append((0, found))
+                continue
+            names = tirx.Var(f"first{axis}", "int64"), tirx.Var(f"stop{axis}", "int64")
+            bindings += [tirx.Bind(name, value) for name, value in zip(names, found, strict=True)]
+            ranges.append(names)
+        return ranges, bindings
+
+    def _inside(self, axis: int, at: Any, before: Any, size: Any) -> Any:
+        """Return the window positions inside of the image at output ``at``: (first, stop), or a number for all."""
+        s, d, k = self.strides[axis], self.dilations[axis], self.window[axis]
+        extent = static(self.fused.spatial.extents[1 + axis])
+        known = static(size)
+        if before == 0 and extent is not None and known is not None and (extent - 1) * s + (k - 1) * d < known:
+            return k
+        start = loops.index(before) - at * s
+        first = tirx.floordiv(tirx.max(start, loops.index(0)) + (d - 1), loops.index(d))
+        stop = tirx.min(loops.index(k), tirx.floordiv(tirx.max(start + size, loops.index(0)) + (d - 1), loops.index(d)))
+        return first, tirx.max(stop, first)
+
+    def _row(self, places: dict[Any, Any], ranges: list[Any], before: Any, size: Any) -> Any:
+        """Return one row: the tiles between the borders, then the border pixels."""
+        s, d, k = self.strides[-1], self.dilations[-1], self.window[-1]
+        width = self.fused.spatial.extents[-2]
+        zero, full = loops.index(0), loops.index(width)
+        # Windows from ``first`` to before ``stop`` are inside.
+        first = tirx.min(tirx.floordiv(loops.index(before) + (s - 1), loops.index(s)), full)
+        last = loops.index(size) + before - (k - 1) * d - 1
+        stop = tirx.min(tirx.floordiv(last, loops.index(s)) + 1, full)
+        first, stop = (self.reader.analyzer.simplify(v) for v in (first, stop))
+        count = static(self.reader.analyzer.simplify(stop - first))
+        pixels = 4 if count is None else min(_PIXELS, key=lambda p: -(-count // p) * p * (1 + 0.25 / p))
+        if count is not None and count < pixels:
+            return loop("x", width, lambda x: self._pixel(places, x, ranges, before, size))
+        enough = stop - first >= pixels
+        first = self.reader.analyzer.simplify(tirx.Select(enough, first, full))
+        stop = self.reader.analyzer.simplify(tirx.Select(enough, stop, full))
+
+        def body(first: Any, stop: Any) -> Any:
+            tiles = tirx.floordiv(stop - first + (pixels - 1), loops.index(pixels))
+            edges = first + (full - stop)
+
+            def tile(t: Any) -> Any:
+                start = tirx.min(first + t * pixels, stop - pixels)
+                return bind("x", start, lambda x: self._tile(places, x, pixels, ranges))
+
+            def edge(e: Any) -> Any:
+                x = tirx.Select(e < first, e, e - first + stop)
+                return bind("x", x, lambda x: self._pixel(places, x, ranges, before, size))
+
+            simplify = self.reader.analyzer.simplify
+            border = simplify(edges)
+            return sequence(
+                loop("tile", simplify(tiles), tile), None if static(border) == 0 else loop("edge", border, edge)
+            )
+
+        return bind("first", tirx.max(first, zero), lambda a: bind("stop", stop, lambda b: body(a, b)))
+
+    def _vectors(self, body: Any) -> Any:
+        """Return the loop over vectors of channels."""
+        exact = static(self.channels) is not None and self.channels % self.lanes == 0
+
+        def vector(v: Any) -> Any:
+            start = v * self.lanes
+            return bind("c", start if exact else loops.smaller(start, self.channels - self.lanes), body)
+
+        return loop("v", loops.ceildiv(self.channels, self.lanes), vector)
+
+    def _tile(self, places: dict[Any, Any], x: Any, pixels: int, ranges: list[Any]) -> Any:
+        """Return ``pixels`` pixels from ``x`` on, whose windows are inside in this axis."""
+
+        def vector(c: Any) -> Any:
+            acc, allocate = loops.scratch("acc", pixels * self.lanes, self.dtype)
+
+            def columns(at: dict[Any, Any]) -> Any:
+                steps = []
+                for column in range(self.window[-1]):
+                    here = {**at, self.fused.reduced.variables[-1]: loops.index(column)}
+                    for p in range(pixels):
+                        where = {**places, **here, self.pixel[-1]: x + p}
+                        steps.append(self._accumulate(acc, p, where, c))
+                return sequence(*steps)
+
+            clear = [self._clear(acc, p) for p in range(pixels)]
+            put = [self._put(acc, p, {**places, self.pixel[-1]: x + p}, c) for p in range(pixels)]
+            return sequence(allocate, *clear, self._over(ranges, columns), *put)
+
+        return self._vectors(vector)
+
+    def _pixel(self, places: dict[Any, Any], x: Any, ranges: list[Any], before: Any, size: Any) -> Any:
+        """Return one pixel, over the part of its window that is inside."""
+        where = {**places, self.pixel[-1]: x}
+        found = self._inside(len(self.pixel) - 1, x, before, size)
+        first, stop = (loops.index(0), loops.index(found)) if isinstance(found, int) else found
+
+        def pixel(first: Any, stop: Any) -> Any:
+            def vector(c: Any) -> Any:
+                acc, allocate = loops.scratch("acc", self.lanes, self.dtype)
+                body = self._over([*ranges, (first, stop)], lambda at: self._accumulate(acc, 0, {**where, **at}, c))
+                return sequence(allocate, self._clear(acc, 0), body, self._put(acc, 0, where, c))
+
+            return self._vectors(vector)
+
+        return bind("left", first, lambda a: bind("right", stop, lambda b: pixel(a, b)))
+
+    def _over(self, ranges: list[Any], body: Any) -> Any:
+        """Return loops over window positions from first to before stop."""
+
+        def nest(axis: int, at: dict[Any, Any]) -> Any:
+            if axis == len(ranges):
+                return body(at)
+            first, stop = ranges[axis]
+            variable = self.fused.reduced.variables[axis]
+            return loop("k", stop - first, lambda k: nest(axis + 1, {**at, variable: first + k}))
+
+        return nest(0, {})
+
+    def _clear(self, acc: Any, p: int) -> Any:
+        return self.reader.lanewise(self.lanes, lambda lane: store(acc, p * self.lanes + lane, self.identity))
+
+    def _accumulate(self, acc: Any, p: int, where: dict[Any, Any], c: Any) -> Any:
+        def lane(offset: Any) -> Any:
+            value = self.reader.value(self.term, {**where, self.channel: c + offset})
+            spot = p * self.lanes + offset
+            return store(acc, spot, self.combine(load(acc, spot), value))
+
+        return self.reader.lanewise(self.lanes, lane)
+
+    def _put(self, acc: Any, p: int, where: dict[Any, Any], c: Any) -> Any:
+        return self.reader.lanewise(
+            self.lanes,
+            lambda lane: self.reader.store({**where, self.channel: c + lane}, [], load(acc, p * self.lanes + lane)),
+        )
