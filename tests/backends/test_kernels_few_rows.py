@@ -50,7 +50,7 @@ def call(scheduled, *arrays, target="x86-64-v3"):
 def test_sizes(target, m, k, n):
     scheduled = few_rows.schedule(function((m,), k, n), resolve(target))
     a, w = data(m, k), data(k, n, seed=1)
-    got = call(scheduled, a, contraction.pack_columns(w), np.full((m, n), np.nan, F), target=target)
+    got = call(scheduled, a, contraction.pack_columns(w, 16), np.full((m, n), np.nan, F), target=target)
     np.testing.assert_allclose(got, a @ w, rtol=1e-4, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_sizes(target, m, k, n):
 def test_several_row_axes_and_an_epilogue(rows, n):
     scheduled = few_rows.schedule(function(rows, 20, n, epilogue=relu), resolve("x86-64-v3"))
     a, w = data(*rows, 20), data(20, n, seed=1)
-    got = call(scheduled, a, contraction.pack_columns(w), np.zeros((*rows, n), F))
+    got = call(scheduled, a, contraction.pack_columns(w, 16), np.zeros((*rows, n), F))
     np.testing.assert_allclose(got, np.maximum(a @ w, 0), rtol=1e-4, atol=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_half_precision_sums_in_float32():
 
     scheduled = few_rows.schedule(function((1,), 300, 40, "float16", narrow), resolve("x86-64-v3"))
     a, w = data(1, 300).astype(np.float16), data(300, 40, seed=1).astype(np.float16)
-    got = call(scheduled, a, contraction.pack_columns(w), np.zeros((1, 40), np.float16))
+    got = call(scheduled, a, contraction.pack_columns(w, 16), np.zeros((1, 40), np.float16))
     np.testing.assert_allclose(got, (a.astype(F) @ w.astype(F)).astype(np.float16), rtol=2e-3, atol=2e-3)
 
 
