@@ -15,23 +15,27 @@ from tvm import s_tir, tirx
 from optc.backends.base import Target
 from optc.backends.kernels import generic
 from optc.backends.kernels.templates import TEMPLATES
+from optc.backends.kernels.work import Work, work
 
 TEMPLATE = "optc.template"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How one kernel was scheduled. ``wanted`` is the template it asked for, if any."""
+    """How one kernel was scheduled. ``wanted`` is the template it asked for, ``work`` its arithmetic, if any."""
 
     name: str
     rule: str
     wanted: str | None
+    work: Work | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON form that the artifact's report carries."""
         entry: dict[str, Any] = {"name": self.name, "schedule": self.rule}
         if self.wanted is not None and self.wanted != self.rule:
             entry["declined"] = self.wanted
+        if self.work is not None:
+            entry |= self.work.describe()
         return entry
 
 
@@ -44,7 +48,7 @@ def schedule(module: Any, target: Target) -> tuple[Any, list[Kernel]]:
         name = str(var.name_hint)
         scheduled, rule, wanted = schedule_kernel(function, target)
         module[var] = scheduled
-        kernels.append(Kernel(name, rule, wanted))
+        kernels.append(Kernel(name, rule, wanted, work(function)))
     return module, kernels
 
 

@@ -73,7 +73,8 @@ def command(
         return
     _show(timings, count)
     if profile:
-        _show_kernels(kernels)
+        work = {k["name"]: k["operations"] for k in loaded.report.get("kernels", []) if "operations" in k}
+        _show_kernels(kernels, work)
 
 
 def _peers(model: str, names: list[str], threads: int, arrays: dict[str, Any]) -> dict[str, Callable[[], object]]:
@@ -114,14 +115,17 @@ def _show(timings: list[Any], threads: int) -> None:
     Console().print(table)
 
 
-def _show_kernels(kernels: list[Any]) -> None:
+def _show_kernels(kernels: list[Any], operations: dict[str, int]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="kernels by time")
-    for header in ("kernel", "calls", "ms", "share"):
+    for header in ("kernel", "calls", "ms", "share", "GFLOP/s"):
         table.add_column(header, justify="left" if header == "kernel" else "right")
     total = sum(k.seconds for k in kernels) or 1.0
     for kernel in sorted(kernels, key=lambda k: -k.seconds):
-        table.add_row(kernel.name, str(kernel.calls), f"{kernel.seconds * 1e3:.3f}", f"{kernel.seconds / total:.1%}")
+        work = operations.get(kernel.name, 0) * kernel.calls
+        speed = f"{work / kernel.seconds / 1e9:.1f}" if work and kernel.seconds else ""
+        milliseconds, share = f"{kernel.seconds * 1e3:.3f}", f"{kernel.seconds / total:.1%}"
+        table.add_row(kernel.name, str(kernel.calls), milliseconds, share, speed)
     Console().print(table)
