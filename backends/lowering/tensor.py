@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from tvm import te, tirx
 
+from optc.backends.kernels.generic import PARALLEL_WORK
+from optc.backends.kernels.loops import product, unravel
 from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
 from optc.backends.lowering.broadcasting import broadcast_shapes, checked, read_index
-from optc.backends.lowering.emit import as_index, shape_of
+from optc.backends.lowering.emit import as_index, plain, shape_of
 from optc.backends.lowering.known import Known
 from optc.backends.lowering.layout import channels_last, permuted
 from optc.backends.lowering.site import Site, scalar
@@ -171,15 +174,36 @@ def join(site: Site, tensors: Sequence[Any], axis: int) -> Any:
     def body(ins: list[imperative.Cells], outs: list[imperative.Cells]) -> None:
         offset: Any = 0
         for source in ins:
-            with imperative.loop(*source.shape) as index:
-                place = [*index]
-                place[axis] = place[axis] + offset
-                outs[0][place] = source[index]
+            _copy(source, outs[0], axis, offset)
             offset = offset + source.shape[axis]
 
     return site.emit(
         lambda *a: imperative.procedure(a, [(whole, str(a[0].dtype))], body, "concat"), *tensors, name="concat"
     )
+
+
+def _copy(source: imperative.Cells, target: imperative.Cells, axis: int, offset: Any) -> None:
+    """Copy ``source`` to ``target`` from ``offset`` on along ``axis``, in parallel if it is worth a thread."""
+    shape = [plain(d) for d in source.shape]
+
+    def element(index: Sequence[Any]) -> None:
+        place = [*index]
+        place[axis] = place[axis] + offset
+        target[place] = source[index]
+
+    known = [d for d in shape if isinstance(d, int)]
+    if len(known) == len(shape) and math.prod(known) < PARALLEL_WORK:
+        with imperative.loop(*shape) as index:
+            element(index)
+        return
+    # Rows as long as can be, but enough of them.
+    depth = axis if math.prod(d if isinstance(d, int) else _MANY for d in shape[:axis]) >= _MANY else axis + 1
+    with imperative.loop(product(shape[:depth]), kind="parallel") as (row,), imperative.loop(*shape[depth:]) as rest:
+        element([*unravel(row, shape[:depth]), *rest])
+
+
+_MANY = 8
+"""Rows that are enough to share them out."""
 
 
 @TABLE.lowers("Split")

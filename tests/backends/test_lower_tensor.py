@@ -94,6 +94,15 @@ def test_concat(check, axis):
     check(unary(f"z = Neg(x) y = Concat<axis = {axis}>(x, z, x)"), (X,))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(2, 150, 120), (20, 50, 40)])
+def test_concat_of_much_data(check, axis, shape):
+    x = np.arange(np.prod(shape), dtype="f4").reshape(shape)
+    w = np.ones([3 if i == axis else d for i, d in enumerate(shape)], "f4")
+    inputs = ", ".join(f"float{list(a.shape)} {name}" for name, a in (("x", x), ("w", w)))
+    check(f"g ({inputs}) => (float[p, q, r] y) {{ y = Concat<axis = {axis}>(x, w) }}", (x, w))
+
+
 def test_concat_of_different_sizes_and_of_nothing(check):
     text = "g (float[a, b, 4] x, float[a, c, 4] w) => (float[p, q, r] y) { y = Concat<axis = 1>(x, w) }"
     check(text, (X, X[:, :1]), (X, X[:, :0]))
