@@ -202,7 +202,7 @@ def softmax(site: Site) -> Any:
         top = reduction.reduce(largest, read, rows, extents, contiguous=last)
         # Computed once here: the sum and the quotient both read it.
         shifted = te.compute(shape, lambda *i: bind(convert(x(*i), work), lambda v: v - top(*at(i))), "shifted")
-        powers = te.compute(shape, lambda *i: vm.exp(shifted(*i)), "powers")
+        powers = te.compute(shape, lambda *i: vm.exp_nonpositive(shifted(*i)), "powers")
         total = reduction.reduce(
             reduction.addition(work),
             lambda outer, inner: powers(*outer[:axis], inner[0], *outer[axis:]),
