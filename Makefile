@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: demo test lint conformance bench performance wheel clean models all-models
+.PHONY: demo test lint conformance bench performance kernels wheel clean models all-models
 
 demo: $(INSTALLED) models
 	$(BIN)/python examples/read_text.py
@@ -39,6 +39,11 @@ bench: $(INSTALLED) all-models
 # Times, memory and compile times beside onnxruntime, OpenVINO, PyTorch and plain TVM; rewrites docs/performance.*.
 performance: $(INSTALLED) all-models
 	$(BIN)/python benchmarks/performance.py
+
+# Efficiency of single kernels, in the models and for random shapes; rewrites docs/kernels.md.
+kernels: $(INSTALLED) all-models
+	$(BIN)/python benchmarks/performance.py --prepare
+	$(BIN)/python benchmarks/kernels.py
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel
