@@ -19,23 +19,32 @@ TEMPLATE = "integer_contraction"
 DEPTH_BLOCK = 4
 """Depths packed together at most: four bytes for one lane of a dot product instruction."""
 PAIR = 2
+PANEL_DEPTH = 1024
+"""Depths of a column tile that are widened together: as int16 they fill the first-level cache."""
 
 Read = Any
 """A function of an index that returns an int32 expression."""
 
 
-def pack_columns(matrix: np.ndarray) -> np.ndarray:
-    """Pack integers ``[K, N]`` into ``[ceil(N/16), ceil(K/4)*2, 16, 2]``, zero-padded: int8 if they fit, else int16.
+def split_depth(depth: int) -> tuple[int, int]:
+    """Return into how many chunks a run of ``depth`` is split, and the length of each, padding included."""
+    chunks = max(1, -(-depth // PANEL_DEPTH))
+    return chunks, max(1, -(-depth // (chunks * DEPTH_BLOCK))) * DEPTH_BLOCK
 
-    Raises OverflowError for values beyond int16.
+
+def pack_columns(matrix: np.ndarray) -> np.ndarray:
+    """Pack integers ``[K, N]`` or ``[T, K, N]`` into ``[ceil(N/16), T * K'/2, 16, 2]``, zero-padded.
+
+    ``K'`` is what ``split_depth`` makes of K. The result is int8 if that holds all values, else int16. Raises
+    OverflowError for values beyond int16.
     """
-    k, n = matrix.shape
-    dtype = _narrowest(matrix)
-    depth = -(-k // DEPTH_BLOCK) * DEPTH_BLOCK
+    runs = matrix.reshape(-1, *matrix.shape[-2:])
+    taps, k, n = runs.shape
+    chunks, chunk = split_depth(k)
     blocks = -(-n // COLUMN_BLOCK)
-    padded = np.zeros((depth, blocks * COLUMN_BLOCK), dtype)
-    padded[:k, :n] = matrix
-    split = padded.reshape(depth // PAIR, PAIR, blocks, COLUMN_BLOCK)
+    padded = np.zeros((taps, chunks * chunk, blocks * COLUMN_BLOCK), _narrowest(matrix))
+    padded[:, :k, :n] = runs
+    split = padded.reshape(taps * chunks * chunk // PAIR, PAIR, blocks, COLUMN_BLOCK)
     return np.ascontiguousarray(split.transpose(2, 0, 3, 1))
 
 
@@ -48,9 +57,10 @@ def _narrowest(values: np.ndarray) -> type[np.int8] | type[np.int16]:
     raise OverflowError(f"weights from {low} to {high} do not fit 16 bits")
 
 
-def annotate(rows: Sequence[int], packed: bool) -> dict[str, Any]:
+def annotate(rows: Sequence[int], packed: bool, **more: Sequence[int]) -> dict[str, Any]:
     """Return the block annotations: ``rows`` are positions of spatial axes; the last axis is the columns."""
-    return {"optc.template": TEMPLATE, "optc.rows": list(rows), "optc.packed": int(packed)}
+    notes = {f"optc.{name}": list(values) for name, values in more.items()}
+    return {"optc.template": TEMPLATE, "optc.rows": list(rows), "optc.packed": int(packed), **notes}
 
 
 def packed_matmul(shape: Sequence[Any], row: Read, packed: Any, n: int) -> Any:

@@ -23,25 +23,22 @@ from optc.backends.base import Target
 from optc.backends.kernels import integer_dot, loops
 from optc.backends.kernels.contraction import COLUMN_BLOCK
 from optc.backends.kernels.fused import Axes, Fused, Reader, take_apart
-from optc.backends.kernels.integer_contraction import DEPTH_BLOCK, TEMPLATE
+from optc.backends.kernels.integer_contraction import DEPTH_BLOCK, PANEL_DEPTH, TEMPLATE
+from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, spans, tile_rows
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
-STRIP_BYTES = 256 * 1024
-"""Bytes of widened rows that stay in the second-level cache while all columns pass over them."""
-_LEAST_ROWS = 64
-"""Rows that pay for widening the columns once more."""
 _ACCUMULATORS = 12
-PANEL_DEPTH = 1024
-"""Depths of a column tile that are widened together, into half of the first-level cache."""
 
 
 def schedule(function: Any, target: Target) -> Any:
     """Return ``function`` as a tiled loop nest, or None if it is not one annotated product with its epilogue."""
     fused = take_apart(function, TEMPLATE)
-    if fused is None or fused.padding is not None or len(fused.reduced.variables) != 1:
+    if fused is None or fused.padding is not None:
         return None
     value = fused.core.body.value
     if not isinstance(value, tirx.Add) or not isinstance(value.b, tirx.Mul):
+        return None
+    if "optc.kernel" not in fused.core.annotations and len(fused.reduced.variables) != 1:
         return None
     return _Generator(fused, target).function()
 
@@ -54,199 +51,186 @@ class _Generator:
         fused = self.reader.fused
         size = self.reader.size
         self.dot = integer_dot.choose(target)
-        self.row_operand, self.column_operand = fused.core.body.value.b.a, fused.core.body.value.b.b
-        self.packed = bool(int(fused.core.annotations["optc.packed"]))
-        positions = [int(i) for i in fused.core.annotations["optc.rows"]]
+        notes = fused.core.annotations
+        row_operand, self.column_operand = fused.core.body.value.b.a, fused.core.body.value.b.b
+        self.packed = bool(int(notes["optc.packed"]))
+        positions = [int(i) for i in notes["optc.rows"]]
         axes, last = fused.spatial, len(fused.spatial.variables) - 1
         others = [i for i in range(last) if i not in positions]
-        self.rows, self.columns, self.batch = (
+        row_axes, self.columns, self.batch = (
             Axes([axes.variables[i] for i in chosen], [axes.extents[i] for i in chosen])
             for chosen in (positions, [last], others)
         )
         self.reduced = fused.reduced
-        self.r, self.n, self.b = size(self.rows.total), size(self.columns.total), size(self.batch.total)
-        self.k = size(self.reduced.total)
-        self.depth = size(loops.ceildiv(self.k, DEPTH_BLOCK) * DEPTH_BLOCK)
+        make = WindowRows if "optc.kernel" in notes else MatrixRows
+        self.rows: Rows = make(fused, self.reader, row_axes, row_operand, 2 * self.dot.lanes)
+        self.n, self.b = size(self.columns.total), size(self.batch.total)
         self.nr = COLUMN_BLOCK
-        self.mr = self._tile()
+        self.mr = tile_rows(static(self.rows.height), max(1, _ACCUMULATORS // (self.nr // self.dot.lanes)))
         self.whole_columns = static(self.n) is not None and self.n % self.nr == 0
         self.tiles = size(loops.ceildiv(self.n, self.nr))
-        self.blocks, self.block = self._depth_blocks()
-        self.height = self._strip_rows()
-        self.strips = size(loops.ceildiv(self.r, self.height))
-
-    def _tile(self) -> int:
-        """Choose the rows of the register tile: least work in partial tiles, taller tiles preferred."""
-        most = max(1, _ACCUMULATORS // (self.nr // self.dot.lanes))
-        rows = static(self.r)
-        if rows is None:
-            return most
-        return min(range(most, 0, -1), key=lambda m: -(-rows // m) * m * (1 + 0.3 / m))
-
-    def _depth_blocks(self) -> tuple[Any, Any]:
-        """Return the number of blocks of depth and how deep each is (the last may be less)."""
-        depth = static(self.depth)
-        if depth is None:
-            return self.reader.size(loops.ceildiv(self.depth, PANEL_DEPTH)), PANEL_DEPTH
-        blocks = max(1, -(-depth // PANEL_DEPTH))
-        return blocks, -(-depth // (blocks * DEPTH_BLOCK)) * DEPTH_BLOCK
-
-    def _strip_rows(self) -> int:
-        """Return how many rows, whole tiles, are widened together."""
-        depth, rows = static(self.depth), static(self.r)
-        fit = max(_LEAST_ROWS, STRIP_BYTES // (2 * max(1, depth or 1024)))
-        if rows is not None:
-            # Strips of equal height.
-            fit = -(-rows // max(1, -(-rows // fit)))
-        return -(-fit // self.mr) * self.mr
+        segments, chunk = self.rows.taps * self.rows.chunks, self.rows.chunk
+        self.segments = size(segments)
+        self.depth = size(segments * chunk)
+        # Blocks of depth, of equal numbers of segments.
+        most = max(1, PANEL_DEPTH // chunk)
+        known = static(segments)
+        self.per_block = most if known is None else -(-known // max(1, -(-known // most)))
+        self.blocks = size(loops.ceildiv(self.segments, self.per_block))
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
         # At least two tasks, for two threads.
-        alone = (static(self.strips) or 1) * (static(self.b) or 1) == 1
+        alone = (static(self.rows.strips) or 1) * (static(self.b) or 1) == 1
         parts = 2 if alone and (static(self.tiles) or 2) > 1 else 1
         share = self.reader.size(loops.ceildiv(self.tiles, parts))
+        inner = self.rows.strips * parts
 
         def task(o: Any) -> Any:
-            inner = self.strips * parts
             return bind("b", o // inner, lambda b: bind("rest", o % inner, lambda rest: strip(b, rest)))
 
         def strip(b: Any, rest: Any) -> Any:
-            return bind(
-                "strip",
-                rest // parts,
-                lambda s: bind("part", rest % parts, lambda c: self._strip(b, s, c * share, share)),
-            )
+            def part(s: Any, c: Any) -> Any:
+                return self._strip(b, s, c * share, share)
 
-        return self.reader.finish(loop("task", self.b * self.strips * parts, task, "parallel"))
+            return bind("strip", rest // parts, lambda s: bind("part", rest % parts, lambda c: part(s, c)))
+
+        return self.reader.finish(loop("task", self.b * inner, task, "parallel"))
 
     def _strip(self, b: Any, s: Any, first: Any, share: Any) -> Any:
         """Return the work of one task: ``share`` column tiles from ``first`` of strip ``s``."""
         places = self.batch.at(b)
-        rows, allocate_rows = loops.scratch("rows", self.height * self.depth, "int16")
-        panel, allocate_panel = loops.scratch("panel", self.block * self.nr, "int16")
+        rows, allocate_rows = self.rows.allocate()
+        panel, allocate_panel = loops.scratch("panel", self.per_block * self.rows.chunk * self.nr, "int16")
         several = static(self.blocks) != 1
-        totals, allocate_totals = loops.scratch("totals", (self.height if several else self.mr) * self.nr, "int32")
-        start = s * self.height
-        here = loops.smaller(self.height, self.r - start)
-        row_tiles = loops.ceildiv(here, self.mr)
+        row_tiles = loops.ceildiv(self.rows.count(s), self.mr)
+        size = (loops.ceildiv(self.rows.height, self.mr) * self.mr if several else self.mr) * self.nr
+        totals, allocate_totals = loops.scratch("totals", size, "int32")
+        start = s * self.rows.height
 
-        def at_once(t: Any) -> Any:
+        def body(here: Any, t: Any) -> Any:
             def one(i: Any) -> Any:
-                count = loops.smaller(self.mr, here - i * self.mr)
-
                 def finish(acc: Any) -> Any:
+                    count = loops.smaller(self.mr, here - i * self.mr)
                     return self._finish_tile(places, start + i * self.mr, count, t, acc, totals)
 
-                return self._product(rows, i * self.mr, loops.index(0), self.block, panel, None, 0, finish)
+                return self._product(rows, i * self.mr, loops.index(0), self.segments, panel, None, finish)
 
-            return sequence(self._widen_columns(places, t, 0, self.block, panel), loop("i", row_tiles, one))
+            widen = self._widen_columns(places, t, loops.index(0), self.segments, panel)
+            return sequence(widen, loop("i", row_tiles, one))
 
-        def block_by_block(t: Any) -> Any:
+        def body_in_blocks(here: Any, t: Any) -> Any:
             def block(k: Any) -> Any:
-                depth = loops.smaller(self.block, self.depth - k * self.block)
+                first = k * self.per_block
+                count = loops.smaller(self.per_block, self.segments - first)
 
                 def part(i: Any) -> Any:
-                    row = i * self.mr
+                    at = i * self.mr * self.nr
+                    keep = (totals, at)
                     return self._product(
-                        rows,
-                        row,
-                        k * self.block,
-                        depth,
-                        panel,
-                        totals,
-                        row,
-                        lambda acc: self._copy(acc, 0, totals, row * self.nr),
+                        rows, i * self.mr, first, count, panel, keep, lambda acc: self._copy(acc, 0, totals, at)
                     )
 
-                return sequence(
-                    self._widen_columns(places, t, k * self.block, depth, panel), loop("i", row_tiles, part)
-                )
+                return sequence(self._widen_columns(places, t, first, count, panel), loop("i", row_tiles, part))
 
             zero = tirx.const(0, "int32")
             return sequence(
-                loop("i", self.height * self.nr, lambda i: store(totals, i, zero)),
+                loop("i", size, lambda i: store(totals, i, zero)),
                 loop("k", self.blocks, block),
                 self._store(places, start, here, t, totals),
             )
 
-        tile = block_by_block if several else at_once
+        def tile(t: Any) -> Any:
+            return bind("here", self.rows.count(s), lambda here: (body_in_blocks if several else body)(here, t))
+
         return sequence(
             allocate_rows,
-            loop("r", here, lambda r: self._widen_row(places, start + r, r, rows)),
+            self.rows.widen(places, s, rows),
             allocate_panel,
             allocate_totals,
             loop("t", loops.smaller(share, self.tiles - first), lambda t: bind("tile", first + t, tile)),
         )
 
-    def _widen_row(self, places: dict[Any, Any], row: Any, r: Any, rows: Any) -> Any:
-        where = {**places, **self.rows.at(row)}
+    def _widen_columns(self, places: dict[Any, Any], t: Any, first: Any, count: Any, panel: Any) -> Any:
+        """Return the copy of ``count`` segments from ``first`` of column tile ``t`` into the panel."""
+        group, chunk = self.dot.group, self.rows.chunk
+        packed = None
+        if self.packed:
+            (source,) = loops.loads(self.column_operand)
+            shape = source.source.shape
+            lead = [tirx.BufferLoad(source.source, [*source.indices[: len(shape) - 4], t, 0, 0, 0])]
+            packed = self.reader.value(lead[0], places)
 
-        def element(k: Any) -> Any:
-            value = self.reader.value(self.row_operand, {**where, **self.reduced.at(k)}, flat=[(self.rows, row)])
-            return store(rows, r * self.depth + k, value.astype("int16"))
+        def copy(origin: Any) -> Any:
+            assert packed is not None
 
-        return self._spans(self.k, element)
+            def value(i: Any) -> Any:
+                return load(packed.source, origin + i).astype("int16")
 
-    def _spans(self, extent: Any, element: Any) -> Any:
-        """Return vector loops over ``extent``, then single elements."""
-        lanes = 2 * self.dot.lanes
-        vectors, rest = extent // lanes, extent % lanes
-        whole = loop("v", vectors, lambda v: self.reader.lanewise(lanes, lambda lane: element(v * lanes + lane)))
-        if static(vectors) == 0:
-            whole = None
-        if static(rest) == 0:
-            return whole
-        return sequence(whole, loop("rest", rest, lambda j: element(vectors * lanes + j)))
+            if group == 2:
+                return spans(
+                    self.reader, count * chunk * self.nr, 2 * self.dot.lanes, lambda i: store(panel, i, value(i))
+                )
 
-    def _widen_columns(self, places: dict[Any, Any], t: Any, first: Any, depth: Any, panel: Any) -> Any:
-        """Return the copy of ``depth`` depths from ``first`` of column tile ``t`` into the panel."""
-        group = self.dot.group
-        packed = self.reader.flat_view(loops.loads(self.column_operand)[0].source) if self.packed else None
-        if packed is not None and group == 2:
-            origin = (t * self.depth + first) * self.nr
-            return self._spans(depth * self.nr, lambda i: store(panel, i, load(packed, origin + i).astype("int16")))
+            def element(k: Any, j: Any) -> Any:
+                return store(panel, k * self.nr + j, value(((k // 2) * self.nr + j) * 2 + k % 2))
+
+            return loop("k", count * chunk, lambda k: loop("j", self.nr, lambda j: element(k, j)))
+
+        if packed is not None:
+            return bind("origin", packed.indices[0] + first * (chunk * self.nr), copy)
+        k_total = self.reader.size(self.reduced.total)
 
         def element(k: Any, j: Any) -> Any:
-            at = first + k
-            if packed is not None:
-                value = load(packed, ((t * (self.depth // 2) + at // 2) * self.nr + j) * 2 + at % 2)
-            else:
-                column = loops.smaller(t * self.nr + j, self.n - 1)
-                where = {**places, **self.columns.at(column), **self.reduced.at(loops.smaller(at, self.k - 1))}
-                value = self.reader.value(self.column_operand, where)
-                if static(self.k) is None or self.k % DEPTH_BLOCK:
-                    value = tirx.Select(loops.index(at) < loops.index(self.k), value, tirx.const(0, "int32"))
+            at = first * chunk + k
+            column = loops.smaller(t * self.nr + j, self.n - 1)
+            where = {**places, **self.columns.at(column), **self.reduced.at(loops.smaller(at, k_total - 1))}
+            value = self.reader.value(self.column_operand, where)
+            if static(k_total) is None or k_total % DEPTH_BLOCK:
+                value = tirx.Select(loops.index(at) < loops.index(k_total), value, tirx.const(0, "int32"))
             return store(panel, ((k // group) * self.nr + j) * group + k % group, value.astype("int16"))
 
-        return loop("k", depth, lambda k: loop("j", self.nr, lambda j: element(k, j)))
+        return loop("k", count * chunk, lambda k: loop("j", self.nr, lambda j: element(k, j)))
 
     def _product(
-        self, rows: Any, r: Any, first: Any, depth: Any, panel: Any, totals: Any, at: Any, finish: Callable[[Any], Any]
+        self, rows: Any, r: Any, first: Any, count: Any, panel: Any, keep: Any, finish: Callable[[Any], Any]
     ) -> Any:
-        """Return the register tile of strip rows ``r`` and following over ``depth`` depths from ``first``.
+        """Return the register tile of strip rows ``r`` and following over ``count`` segments from ``first``.
 
-        It starts from the totals of rows ``at`` and following, or from 0 where there are none, and is handed to
-        ``finish``.
+        It starts from what was kept, ``(buffer, position)``, or from 0 where that is None, and goes to ``finish``.
         """
-        lanes, group, nr = self.dot.lanes, self.dot.group, self.nr
+        lanes, group, nr, chunk = self.dot.lanes, self.dot.group, self.nr, self.rows.chunk
         acc, allocate = loops.scratch("acc", self.mr * nr, "int32")
         vectors = [(i, v) for i in range(self.mr) for v in range(0, nr, lanes)]
+        bases = [tirx.Var(f"base{i}", "int64") for i in range(self.mr)]
+        places, allocate_places = loops.scratch("places", self.mr, "int64")
 
-        def step(k: Any) -> Any:
-            def update(i: int, v: int) -> Any:
-                left = _vector(rows, (r + i) * self.depth + first + k * group, group)
-                right = _vector(panel, (k * nr + v) * group, lanes * group)
-                return _put(acc, i * nr + v, lanes, self.dot.add(_vector(acc, i * nr + v, lanes), left, right))
+        def segment(g: Any) -> Any:
+            at = first + g
+            offset = self.rows.offset(at // self.rows.chunks) + at % self.rows.chunks * chunk
 
-            return sequence(*(update(i, v) for i, v in vectors))
+            def step(k: Any, offset: Any, origin: Any) -> Any:
+                def update(i: int, v: int) -> Any:
+                    left = _vector(rows, bases[i] + offset + k * group, group)
+                    right = _vector(panel, origin + (k * nr + v) * group, lanes * group)
+                    return _put(acc, i * nr + v, lanes, self.dot.add(_vector(acc, i * nr + v, lanes), left, right))
 
-        if totals is None:
+                return sequence(*(update(i, v) for i, v in vectors))
+
+            def steps(offset: Any, origin: Any) -> Any:
+                return loop("k", chunk // group, lambda k: step(k, offset, origin))
+
+            return bind("offset", offset, lambda o: bind("origin", g * (chunk * nr), lambda p: steps(o, p)))
+
+        if keep is None:
             zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
             begin = sequence(*(_put(acc, i * nr + v, lanes, zero) for i, v in vectors))
         else:
-            begin = self._copy(totals, at * nr, acc, 0)
-        return sequence(allocate, begin, loop("k", depth // group, step), finish(acc))
+            begin = self._copy(keep[0], keep[1], acc, 0)
+        # Read from memory, where TVM's simplifier does not see what they are.
+        named = [store(places, i, self.rows.base(r + i)) for i in range(self.mr)]
+        named += [tirx.Bind(base, load(places, i)) for i, base in enumerate(bases)]
+        return sequence(allocate_places, *named, allocate, begin, loop("segment", count, segment), finish(acc))
 
     def _copy(self, source: Any, start: Any, target: Any, to: Any) -> Any:
         """Return the copy of one register tile."""
@@ -259,9 +243,9 @@ class _Generator:
         partial = sequence(self._copy(acc, 0, totals, 0), self._store(places, first, count, t, totals))
         if not self.whole_columns:
             return partial
-        rows = static(self.r)
         whole = sequence(*(self._store(places, first + i, 1, t, acc, i) for i in range(self.mr)))
-        if rows is not None and rows % self.height == 0 and self.height % self.mr == 0:
+        rows, height = static(self.rows.total), static(self.rows.height)
+        if rows is not None and height is not None and rows % height == 0 and height % self.mr == 0:
             return whole
         return tirx.IfThenElse(loops.index(count) >= self.mr, whole, partial)
 
@@ -271,8 +255,10 @@ class _Generator:
 
         def put(i: Any, j: Any) -> Any:
             row, column = first + i, t * nr + j
-            where = {**places, **self.rows.at(row), **self.columns.at(column)}
-            return self.reader.store(where, [(self.rows, row), (self.columns, column)], load(totals, (at + i) * nr + j))
+            where = {**places, **self.rows.axes.at(row), **self.columns.at(column)}
+            return self.reader.store(
+                where, [(self.rows.axes, row), (self.columns, column)], load(totals, (at + i) * nr + j)
+            )
 
         whole = loop("i", count, lambda i: self.reader.lanewise(nr, lambda j: put(i, j)))
         if self.whole_columns:

@@ -1,0 +1,246 @@
+"""Where the rows of an integer product come from: a matrix, or the windows of an image.
+
+Both are widened to int16 strip by strip, zero points subtracted, so that every row is a few runs of neighbours: one
+of a matrix, one for each line (or pixel) of a window.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from tvm import tirx
+
+from optc.backends.kernels import loops
+from optc.backends.kernels.fused import Axes, Fused, Reader
+from optc.backends.kernels.integer_contraction import DEPTH_BLOCK, PANEL_DEPTH, split_depth
+from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
+
+STRIP_BYTES = 256 * 1024
+"""Bytes of widened rows that stay in the second-level cache while all columns pass over them."""
+_LEAST_ROWS = 64
+"""Rows that pay for widening the columns once more."""
+
+
+class Rows(Protocol):
+    """The rows of a product, in strips. A row is ``taps`` runs of ``chunks * chunk`` neighbours."""
+
+    axes: Axes
+    total: Any
+    strips: Any
+    height: int | Any
+    taps: int
+    chunks: Any
+    chunk: int
+
+    def count(self, s: Any) -> Any:
+        """Return the number of rows in strip ``s``."""
+
+    def allocate(self) -> tuple[Any, Any]:
+        """Return the scratch buffer of a strip and its allocation."""
+
+    def widen(self, places: dict[Any, Any], s: Any, rows: Any) -> Any:
+        """Return the statement that fills the buffer."""
+
+    def base(self, r: Any) -> Any:
+        """Return where row ``r`` of the strip begins in the buffer."""
+
+    def offset(self, tap: Any) -> Any:
+        """Return where run ``tap`` of a row begins, from the base."""
+
+
+def tile_rows(rows: int | None, most: int) -> int:
+    """Choose the rows of the register tile: least work in partial tiles, taller tiles preferred."""
+    if rows is None:
+        return most
+    return min(range(most, 0, -1), key=lambda m: -(-rows // m) * m * (1 + 0.3 / m))
+
+
+def spans(reader: Reader, extent: Any, lanes: int, element: Any) -> Any:
+    """Return vector loops over ``extent``, then single elements."""
+    vectors, rest = extent // lanes, extent % lanes
+    whole = None
+    if static(vectors) != 0:
+        whole = loop("v", vectors, lambda v: reader.lanewise(lanes, lambda lane: element(v * lanes + lane)))
+    if static(rest) == 0:
+        return whole
+    return sequence(whole, loop("rest", rest, lambda j: element(vectors * lanes + j)))
+
+
+class MatrixRows:
+    """Rows of a matrix: one run each."""
+
+    taps = 1
+
+    def __init__(self, fused: Fused, reader: Reader, axes: Axes, operand: Any, lanes: int) -> None:
+        self.reader, self.axes, self.operand, self.lanes = reader, axes, operand, lanes
+        self.reduced = fused.reduced
+        self.total = reader.size(axes.total)
+        self.k = reader.size(self.reduced.total)
+        depth = static(self.k)
+        if depth is None:
+            self.chunks, self.chunk = reader.size(loops.ceildiv(self.k, PANEL_DEPTH)), PANEL_DEPTH
+        else:
+            self.chunks, self.chunk = split_depth(depth)
+        self.pitch = self.chunks * self.chunk
+        fit = max(_LEAST_ROWS, STRIP_BYTES // (2 * (static(self.pitch) or PANEL_DEPTH)))
+        rows = static(self.total)
+        # Strips of equal height.
+        self.height = fit if rows is None else max(1, -(-rows // max(1, -(-rows // fit))))
+        self.strips = reader.size(loops.ceildiv(self.total, self.height))
+
+    def count(self, s: Any) -> Any:
+        """Return the number of rows in strip ``s``."""
+        return loops.smaller(self.height, self.total - s * self.height)
+
+    def allocate(self) -> tuple[Any, Any]:
+        """Return the scratch buffer of a strip and its allocation."""
+        return loops.scratch("rows", self.height * self.pitch, "int16")
+
+    def widen(self, places: dict[Any, Any], s: Any, rows: Any) -> Any:
+        """Return the statement that fills the buffer."""
+
+        def row(r: Any) -> Any:
+            where = {**places, **self.axes.at(s * self.height + r)}
+            flat = [(self.axes, s * self.height + r)]
+
+            def element(k: Any) -> Any:
+                value = self.reader.value(self.operand, {**where, **self.reduced.at(k)}, flat=flat)
+                return store(rows, r * self.pitch + k, value.astype("int16"))
+
+            return spans(self.reader, self.k, self.lanes, element)
+
+        return loop("r", self.count(s), row)
+
+    def base(self, r: Any) -> Any:
+        """Return where row ``r`` of the strip begins in the buffer."""
+        return loops.smaller(r, self.height - 1) * self.pitch
+
+    def offset(self, tap: Any) -> Any:
+        """Return where run ``tap`` of a row begins, from the base."""
+        return loops.index(0)
+
+
+class WindowRows:
+    """Windows over lines of an image ``[N, H, W, C]``: output pixels are rows, strips are whole lines of them."""
+
+    def __init__(self, fused: Fused, reader: Reader, axes: Axes, operand: Any, lanes: int) -> None:
+        self.reader, self.axes, self.lanes = reader, axes, lanes
+        notes = {
+            name: [int(v) for v in fused.core.annotations[f"optc.{name}"]]
+            for name in ("kernel", "strides", "dilations", "before", "merged")
+        }
+        self.kernel, self.dilations = notes["kernel"], notes["dilations"]
+        self.merged = bool(notes["merged"][0])
+        # Beside the padding, the operand reads the image less its zero point.
+        inside = operand.args[1] if isinstance(operand, tirx.Call) and len(operand.args) == 3 else operand
+        self.inside = inside
+        self.image = max(loops.loads(inside), key=lambda x: len(x.indices))
+        self.channel = fused.reduced.variables[-1]
+        self.c = int(fused.reduced.extents[-1])
+        self.h, self.w = (reader.size(e) for e in self.image.source.shape[1:3])
+        self.whole_pixels = static(self.image.source.shape[-1]) == self.c
+        self.lines, self.columns = axes.extents
+        # A window of one line or pixel skips what lies between: only what is read gets widened.
+        self.skip = [s if k == 1 else 1 for s, k in zip(notes["strides"], self.kernel, strict=True)]
+        self.strides = [1 if k == 1 else s for s, k in zip(notes["strides"], self.kernel, strict=True)]
+        self.before = notes["before"]
+        self.taps = self.kernel[0] * (1 if self.merged else self.kernel[1])
+        self.chunks, self.chunk = split_depth(self.c * (self.kernel[1] if self.merged else 1))
+        self.reach = [(k - 1) * d for k, d in zip(self.kernel, self.dilations, strict=True)]
+        self.width = reader.size((self.columns - 1) * self.strides[1] + self.reach[1] + 1)
+        self.block = self._block()
+        self.height = reader.size(self.block * self.columns)
+        self.total = reader.size(axes.total)
+        self.strips = reader.size(loops.ceildiv(self.lines, self.block))
+
+    def _block(self) -> int:
+        """Return how many lines of output a strip has."""
+        columns, lines = static(self.columns), static(self.lines)
+        line = 2 * self.c * (static(self.width) or 64) * self.strides[0]
+        fit = max(STRIP_BYTES // max(1, line), -(-_LEAST_ROWS // max(1, columns or _LEAST_ROWS)))
+        if lines is None:
+            return max(1, fit)
+        return max(1, -(-lines // max(1, -(-lines // max(1, fit)))))
+
+    def count(self, s: Any) -> Any:
+        """Return the number of rows in strip ``s``."""
+        return loops.smaller(self.block, self.lines - s * self.block) * self.columns
+
+    def allocate(self) -> tuple[Any, Any]:
+        """Return the scratch buffer of a strip and its allocation: the last run may read beyond its window."""
+        lines = (self.block - 1) * self.strides[0] + self.reach[0] + 1
+        return loops.scratch("rows", lines * self.width * self.c + DEPTH_BLOCK * self.chunks, "int16")
+
+    def widen(self, places: dict[Any, Any], s: Any, rows: Any) -> Any:
+        """Return the statement that fills the buffer: lines of the image with their padding."""
+        here = loops.smaller(self.block, self.lines - s * self.block)
+        count = (here - 1) * self.strides[0] + self.reach[0] + 1
+
+        def line(i: Any) -> Any:
+            h = (s * self.block * self.strides[0] + i) * self.skip[0] - self.before[0]
+            start = i * self.width * self.c
+            return bind("h", h, lambda h: bind("start", start, lambda start: self._line(places, h, start, rows)))
+
+        return loop("line", count, line)
+
+    def _line(self, places: dict[Any, Any], h: Any, start: Any, rows: Any) -> Any:
+        left, total = self.before[1], self.width
+        if self.skip[1] > 1 and left:
+            # A window of one pixel under padding: pixel by pixel.
+            first = loops.index(-(-left // self.skip[1]))
+        else:
+            first = loops.index(left)
+        stop = loops.smaller((self.w + left + self.skip[1] - 1) // self.skip[1], total)
+        zero = tirx.const(0, "int16")
+
+        def clear(begin: Any, end: Any) -> Any:
+            size = (end - begin) * self.c
+            return spans(self.reader, size, self.lanes, lambda j: store(rows, start + begin * self.c + j, zero))
+
+        def pixels() -> Any:
+            if self.whole_pixels and self.skip[1] == 1:
+                return self._copy(places, h, loops.index(0), (stop - first) * self.c, start + first * self.c, rows)
+            return loop(
+                "x",
+                stop - first,
+                lambda x: self._copy(
+                    places, h, (first + x) * self.skip[1] - left, self.c, start + (first + x) * self.c, rows
+                ),
+            )
+
+        begins = None if static(first) == 0 else clear(loops.index(0), first)
+        ends = None if self.reader.analyzer.can_prove_equal(stop, total) else clear(stop, total)
+        body = sequence(begins, pixels(), ends)
+        inside = tirx.all(h >= 0, h < loops.index(self.h))
+        return tirx.IfThenElse(inside, body, clear(loops.index(0), total))
+
+    def _copy(self, places: dict[Any, Any], h: Any, w: Any, size: Any, start: Any, rows: Any) -> Any:
+        """Copy ``size`` values from pixel ``(h, w)`` on."""
+        indices = list(self.image.indices)
+        first = tirx.BufferLoad(self.image.source, [indices[0], h, w, indices[-1]])
+        origin = self.reader.value(first, {**places, self.channel: loops.index(0)})
+
+        def copy(position: Any) -> Any:
+            def element(j: Any) -> Any:
+                read = load(origin.source, position + j)
+                value = self.reader.value(self.inside, places, given={self.image.source: read})
+                return store(rows, start + j, value.astype("int16"))
+
+            return spans(self.reader, size, self.lanes, element)
+
+        return bind("origin", origin.indices[0], copy)
+
+    def base(self, r: Any) -> Any:
+        """Return where row ``r`` of the strip begins in the buffer."""
+        r = loops.smaller(r, self.height - 1)
+        step = self.strides[1] * self.c
+        if self.strides == [1, 1] and self.reach[1] == 0:
+            return r * step
+        return r // self.columns * (self.strides[0] * self.width * self.c) + r % self.columns * step
+
+    def offset(self, tap: Any) -> Any:
+        """Return where run ``tap`` of a row begins, from the base."""
+        if self.merged:
+            return tap * (self.dilations[0] * self.width * self.c)
+        y, x = tap // self.kernel[1], tap % self.kernel[1]
+        return (y * (self.dilations[0] * self.width) + x * self.dilations[1]) * self.c
