@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tvm import te
+from tvm import te, tirx
 
 from optc.backends.kernels.contraction import COLUMN_BLOCK, broadcast
 
@@ -89,3 +89,62 @@ def matmul(a: Any, b: Any, row: Read, column: Read, batch: Sequence[Any]) -> Any
 
     attributes = annotate([len(batch)], packed=False)
     return te.compute((*batch, a.shape[-2], b.shape[-1]), element, "product", attrs=attributes)
+
+
+def merged(kernel: Sequence[int], dilations: Sequence[int], channels: int) -> bool:
+    """Tell whether the pixels of one line of a window make one run of neighbours that is not too long."""
+    return dilations[-1] == 1 and kernel[-1] * channels <= PANEL_DEPTH
+
+
+def pack_filters(weights: np.ndarray, dilations: Sequence[int]) -> np.ndarray:
+    """Pack filters ``[M, C, KH, KW]`` for ``conv``: a run of depth for each line of the window, or each pixel."""
+    maps, channels, height, width = weights.shape
+    runs = height if merged((height, width), dilations, channels) else height * width
+    # [KH, KW, C, M]: channels of neighbouring pixels follow each other, as in the image.
+    return pack_columns(weights.transpose(2, 3, 1, 0).reshape(runs, -1, maps))
+
+
+def conv(
+    x: Any,
+    packed: Any,
+    centre: Read,
+    *,
+    maps: int,
+    groups: int,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    before: Sequence[int],
+    out: Sequence[Any],
+) -> Any:
+    """Convolve ``x [N, H, W, C]`` with filters of ``pack_filters``, stacked over groups: ``[N, *out, M]`` in int32.
+
+    With ``groups`` > 1 the result is ``[N, *out, G, M/G]``. ``centre`` subtracts the zero point from an int32 value;
+    what lies outside of the image counts as 0 after that.
+    """
+    height, width = x.shape[1:3]
+    depth = int(x.shape[3]) // groups
+    one_run = merged(kernel, dilations, depth)
+    length = int(np.prod(split_depth(depth * (kernel[1] if one_run else 1))))
+    ky, kx, c = (te.reduce_axis((0, e), name) for e, name in ((kernel[0], "ky"), (kernel[1], "kx"), (depth, "c")))
+
+    def element(n: Any, oy: Any, ox: Any, *index: Any) -> Any:
+        group, m = index if groups > 1 else (0, index[0])
+        iy = oy * strides[0] + ky * dilations[0] - before[0]
+        ix = ox * strides[1] + kx * dilations[1] - before[1]
+        value = centre(x(n, iy, ix, group * depth + c if groups > 1 else c).astype("int32"))
+        inside = tirx.all(iy >= 0, iy < height, ix >= 0, ix < width)
+        value = tirx.if_then_else(inside, value, tirx.const(0, "int32"))
+        at = ky * length + kx * depth + c if one_run else (ky * kernel[1] + kx) * length + c
+        weight = packed(group, m // COLUMN_BLOCK, at // PAIR, m % COLUMN_BLOCK, at % PAIR)
+        return te.sum(value * weight.astype("int32"), axis=[ky, kx, c])
+
+    geometry = {
+        "kernel": kernel,
+        "strides": strides,
+        "dilations": dilations,
+        "before": before,
+        "merged": [int(one_run)],
+    }
+    shape = [*out, groups, maps // groups] if groups > 1 else [*out, maps]
+    return te.compute((x.shape[0], *shape), element, "product", attrs=annotate([1, 2], packed=True, **geometry))

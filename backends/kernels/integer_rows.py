@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import tvm
 from tvm import tirx
 
 from optc.backends.kernels import loops
@@ -132,7 +133,8 @@ class WindowRows:
         self.kernel, self.dilations = notes["kernel"], notes["dilations"]
         self.merged = bool(notes["merged"][0])
         # Beside the padding, the operand reads the image less its zero point.
-        inside = operand.args[1] if isinstance(operand, tirx.Call) and len(operand.args) == 3 else operand
+        guarded = isinstance(operand, tvm.ir.Call) and str(operand.op.name).endswith("if_then_else")
+        inside = operand.args[1] if guarded else operand
         self.inside = inside
         self.image = max(loops.loads(inside), key=lambda x: len(x.indices))
         self.channel = fused.reduced.variables[-1]

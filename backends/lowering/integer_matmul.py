@@ -1,4 +1,4 @@
-"""MatMulInteger, ConvInteger, QLinearMatMul, QLinearConv: exact products of 8-bit integers in int32."""
+"""MatMulInteger and QLinearMatMul: exact products of 8-bit integers in int32."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
-from optc.backends.kernels import contraction, convolution, integer_contraction
+from optc.backends.kernels import contraction, integer_contraction
 from optc.backends.lowering.broadcasting import broadcast_shapes, checked
-from optc.backends.lowering.convolution import pack_filter_rows, padded
 from optc.backends.lowering.emit import shape_of
 from optc.backends.lowering.pointwise import immediate
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
-from optc.backends.lowering.windows import windows
 
 TABLE = Table()
 _LIMITS = {"int8": (-128, 127), "uint8": (0, 255)}
@@ -58,13 +56,13 @@ def _product(site: Site, a_at: int, a_zero: int, b_at: int, b_zero: int) -> Any:
     row_axis = max(len(left) - 2, 0)
     if len(left) == 1:
         a = site.reshape(a, [1, *left])
-    rows, row_tensors = _zero_point(site, a_zero, row_axis if len(left) > 1 else None)
+    rows, row_tensors = zero_point(site, a_zero, row_axis if len(left) > 1 else None)
     weights = _constant_columns(site, b_at, b_zero)
     if weights is not None:
         y = _packed(site, a, weights, rows, row_tensors)
     else:
         b = site.reshape(site.tensor(b_at), [*right, 1]) if len(right) == 1 else site.tensor(b_at)
-        columns, column_tensors = _zero_point(site, b_zero, len(right) - 1 if len(right) > 1 else None)
+        columns, column_tensors = zero_point(site, b_zero, len(right) - 1 if len(right) > 1 else None)
         y = _general(site, a, b, (rows, row_tensors), (columns, column_tensors))
     if len(left) > 1 and len(right) > 1:
         return y
@@ -73,7 +71,7 @@ def _product(site: Site, a_at: int, a_zero: int, b_at: int, b_zero: int) -> Any:
     return site.reshape(y, kept)
 
 
-def _zero_point(site: Site, at: int, axis: int | None) -> Zero:
+def zero_point(site: Site, at: int, axis: int | None) -> Zero:
     """Return ``subtract(value, index, tensors)`` for the zero point that is input ``at``, and the tensors it reads."""
     known = immediate(site, at)
     if known is not None:
@@ -145,61 +143,6 @@ def qlinear_matmul(site: Site) -> Any:
     y = _product(site, 0, 2, 3, 5)
     rank = len(shape_of(y))
     return requantize(site, y, (1, rank - 2 if site.rank(0) > 1 else None), (4, rank - 1), 6, 7)
-
-
-@TABLE.lowers("ConvInteger")
-def conv_integer(site: Site) -> Any:
-    """ConvInteger-10: convolution of zero-centred integers in int32; padding stands for the zero point."""
-    return _convolution(site, 0, 2, 1, 3, None)
-
-
-@TABLE.lowers("QLinearConv")
-def qlinear_conv(site: Site) -> Any:
-    """QLinearConv-10: integer convolution with int32 bias, requantized per output channel."""
-    y = _convolution(site, 0, 2, 3, 5, 8 if site.has(8) else None)
-    return requantize(site, y, (1, None), (4, 1), 6, 7)
-
-
-def _convolution(site: Site, x_at: int, x_zero: int, w_at: int, w_zero: int, bias_at: int | None) -> Any:
-    filters = site.shape(w_at)
-    groups, kernel = site.attr("group", 1), filters[2:]
-    channels = filters[0]
-    if not all(isinstance(d, int) for d in filters):
-        site.unsupported("the shape of the convolution's weights must be known while compiling")
-    x = centered(site, x_at, x_zero)
-    shape = shape_of(x)
-    x = site.check_equal(x, [shape[0], filters[1] * groups, *shape[2:]])
-    geometry = windows(site, shape[2:], kernel)
-    x = padded(site, x, geometry)
-    weights, zeros = site.constant(w_at), site.constant(w_zero)
-    packed = weights is not None and (zeros is not None or not site.has(w_zero))
-    if packed:
-        offset = np.zeros(1, np.int32) if zeros is None else zeros.astype(np.int32).reshape(-1)
-        exact = weights.astype(np.int32) - offset.reshape(-1, *[1] * (len(filters) - 1))
-        w = site.weight(pack_filter_rows(exact, groups), "packed")
-    else:
-        w = centered(site, w_at, w_zero, axis=0)
-    bias = [] if bias_at is None else [site.tensor(bias_at)]
-    per_group = channels // groups
-
-    def compute(a: Any, f: Any, *b: Any) -> Any:
-        y = convolution.conv(
-            a,
-            f,
-            channels=channels,
-            groups=groups,
-            strides=geometry.strides,
-            dilations=geometry.dilations,
-            out=geometry.out,
-            packed=packed,
-            kernel=kernel,
-        )
-        for term in b:
-            y = convolution.add_bias(y, term, 2 if groups > 1 else 1, per_group)
-        return y
-
-    y = site.emit(compute, x, w, *bias, name="conv", attributes=contraction.FUSIBLE)
-    return site.reshape(y, [shape[0], channels, *geometry.out]) if groups > 1 else y
 
 
 def requantize(

@@ -33,6 +33,8 @@ _POINTWISE = frozenset([
 # fmt: on
 _AXIS = frozenset(["Concat", "LogSoftmax", "Softmax", "Split"])
 """Operators with an attribute ``axis`` that treat the other axes alike."""
+_PARAMETERS = frozenset(["DequantizeLinear", "QuantizeLinear"])
+"""Operators on one tensor, with parameters that are numbers or vectors along the attribute ``axis``."""
 _AXES = frozenset(["ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"])
 """Operators that keep the rank and whose constant second input names axes."""
 
@@ -77,6 +79,9 @@ def _keeps_layout(lowerer: Lowerer, node: oir.Node, rank: int) -> bool:
         return all(
             v is not None and lowerer.rank(v) == rank for v in node.inputs[: 1 if node.op_type == "Split" else None]
         )
+    if node.op_type in _PARAMETERS:
+        parameters = [v for v in node.inputs[1:] if v is not None]
+        return lowerer.rank(first) == rank and all((lowerer.rank(v) or 0) <= 1 for v in parameters)  # type: ignore[arg-type]
     if node.op_type in _AXES:
         keeps = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
         axes = node.inputs[1] if len(node.inputs) > 1 else None
@@ -123,13 +128,13 @@ class LastSite(Site):
         if array is None or not array.ndim:
             return array
         if self._is_parameter(index):
-            if self.op == "Split":
+            if self.op not in _AXES:
                 return array
             return np.array([self._axis(int(a)) for a in array.reshape(-1)], array.dtype)
         return np.transpose(array.reshape(self._aligned(list(array.shape))), self.order)
 
     def _is_parameter(self, index: int) -> bool:
-        return index > 0 and self.op in (_AXES | {"Split"})
+        return index > 0 and self.op in (_AXES | _PARAMETERS | {"Split"})
 
     def _aligned(self, shape: list[Any]) -> list[Any]:
         return [1] * (len(self.order) - len(shape)) + shape
