@@ -5,6 +5,7 @@ from __future__ import annotations
 from optc.passes.base import Pass
 from optc.passes.fuse.activations import activations_pass
 from optc.passes.fuse.attention import attention_pass
+from optc.passes.fuse.attention_layout import attention_layout_pass
 from optc.passes.fuse.bias import bias_pass
 from optc.passes.fuse.fold_batch_norm import fold_batch_norm_pass
 from optc.passes.fuse.fold_padding import fold_padding_pass
@@ -24,6 +25,7 @@ def passes() -> list[Pass]:
         activations_pass(),
         softmax_pass(),
         attention_pass(),
+        attention_layout_pass(),
         fold_padding_pass(),
         fold_batch_norm_pass(),
         bias_pass(),

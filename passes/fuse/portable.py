@@ -32,13 +32,14 @@ def attention_mask_expanded(node: oir.Node, ops: Ops) -> Outcome:
     q, k = node.inputs[0], node.inputs[1]
     if mask is None or q is None or k is None or len([v for v in node.inputs[4:] if v is not None]):
         return None
-    if q.shape is None or k.shape is None or mask.shape is None or len(q.shape) != 4 or len(mask.shape) < 2:
+    if q.shape is None or k.shape is None or mask.shape is None or len(mask.shape) < 2:
         return Miss("the shapes of queries, keys or mask are not known")
-    if mask.shape[-2] != 1 or q.shape[2] == 1:
+    axis = 2 if len(q.shape) == 4 else 1
+    if mask.shape[-2] != 1 or q.shape[axis] == 1:
         return None
-    parts = [_size(ops, q, 2), ops.constant(np.array([1], np.int64), "size")]
+    parts = [_size(ops, q, axis), ops.constant(np.array([1], np.int64), "size")]
     target = ops("Concat", *parts, axis=0, shape=oir.Shape([2]), dtype=oir.DataType.INT64)
-    shape = oir.Shape([*mask.shape[:-2], q.shape[2], mask.shape[-1]])
+    shape = oir.Shape([*mask.shape[:-2], q.shape[axis], mask.shape[-1]])
     full = ops("Expand", mask, target, shape=shape, dtype=mask.dtype)
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     return Rewrite([ops("Attention", q, k, node.inputs[2], full, **attributes)])
