@@ -21,6 +21,7 @@ from optc.runtime.inputs import address
 from optc.runtime.model import Model
 
 Verify = Literal["full", "code"]
+_CHUNK = 1 << 20
 
 
 def load(path: str | os.PathLike[str], *, verify: Verify = "full", threads: int | None = None) -> Model:
@@ -53,13 +54,14 @@ def load_descriptor(fd: int, *, verify: Verify = "full", threads: int | None = N
     data = _map(fd)
     manifest, files = _read(data)
     for name, spec in manifest.files.items():
-        if verify == "full" or name != WEIGHTS:
-            digest = hashlib.sha256(files[name]).hexdigest()
-            if digest != spec.sha256:
-                raise HashMismatchError(
-                    f"the artifact is damaged: {name} does not have the hash its manifest states",
-                    hint="copy it again, or compile the model again",
-                )
+        if name == WEIGHTS and verify != "full":
+            continue
+        found = _digest(fd, data, files[name]) if name == WEIGHTS else hashlib.sha256(files[name]).hexdigest()
+        if found != spec.sha256:
+            raise HashMismatchError(
+                f"the artifact is damaged: {name} does not have the hash its manifest states",
+                hint="copy it again, or compile the model again",
+            )
     check_target(manifest.target, files[CODE])
     _check_tvm(manifest)
 
@@ -110,6 +112,28 @@ def _map(fd: int) -> memoryview:
     if status.st_size == 0:
         raise TruncatedArtifactError("the file is empty")
     return memoryview(mmap.mmap(fd, status.st_size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+
+
+def _digest(fd: int, data: memoryview, part: memoryview) -> str:
+    """Return the SHA-256 of ``part`` of the file mapped as ``data``.
+
+    The file is read, because pages touched in the mapping would count as memory of the process, although a run may
+    never need them: the rows of an embedding, say.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(len(part), _CHUNK)))
+    position = _start(part) - _start(data)
+    end = position + len(part)
+    while position < end:
+        count = os.preadv(fd, [buffer[: end - position]], position)
+        if count == 0:
+            raise TruncatedArtifactError("the file became shorter while it was read")
+        digest.update(buffer[:count])
+        position += count
+    return digest.hexdigest()
+
+
+def _start(data: memoryview) -> int:
+    return address(np.frombuffer(data, np.uint8)) if len(data) else 0
 
 
 def _read(data: memoryview) -> tuple[Manifest, dict[str, memoryview]]:

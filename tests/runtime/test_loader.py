@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import optc.runtime
+from optc.backends.artifact import Weights
 from optc.errors import (
     ArtifactError,
     HashMismatchError,
@@ -50,6 +51,22 @@ def pack(parts, *, fix_hashes=False):
         parts = parts | {MANIFEST: json.dumps(manifest).encode()}
     layout = lay_out([Entry(name, len(data), crc32(data)) for name, data in parts.items()])
     return b"".join(h + d for h, d in zip(layout.headers, parts.values(), strict=True)) + layout.tail
+
+
+@pytest.fixture
+def make_artifact_with_weights(affine, tmp_path):
+    """A function: the path of an artifact with so many bytes of weights that its code does not look at."""
+
+    def build(size):
+        arrays = affine.weights.arrays | {"unused": np.random.default_rng(0).bytes(size)}
+        arrays["unused"] = np.frombuffer(arrays["unused"], np.uint8)
+        packed = Weights(arrays)
+        path = tmp_path / "large.optc"
+        manifest = replace(affine.manifest, weights=tuple(packed.specs), memory={"weights": packed.size})
+        replace(affine, manifest=manifest, weights=packed).save(path)
+        return path
+
+    return build
 
 
 @pytest.fixture
@@ -216,3 +233,20 @@ def test_read_manifest_of_any_target(affine, tmp_path):
     assert json.loads(report) == {"passes": ["one"]}
     with pytest.raises(UsageError):
         optc.runtime.read_manifest(tmp_path / "missing")
+
+
+def test_checking_the_weights_does_not_make_them_resident(make_artifact_with_weights, in_process):
+    path = make_artifact_with_weights(64 << 20)
+    code = """
+import sys
+from optc.runtime import load
+
+def resident():
+    with open("/proc/self/status") as status:
+        return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024
+
+before = resident()
+load(sys.argv[1])
+print(resident() - before)
+"""
+    assert int(in_process(code, path)) < 32 << 20
