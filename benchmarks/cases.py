@@ -21,13 +21,15 @@ class Case:
     """A model at batch 1.
 
     ``shapes`` are sizes of inputs that the file leaves open: every contestant gets the model with these sizes written
-    into it, unless ``any_size``. ``module`` names the recipe of scripts/export_models.py that makes the PyTorch module.
-    ``float_case`` names the float32 form of a quantized model.
+    into it, unless ``any_size``; ``twin`` says that another case has the same model with fixed sizes. ``module`` names
+    the recipe of scripts/export_models.py that makes the PyTorch module, ``float_case`` the float32 form of a quantized
+    model.
     """
 
     file: str
     shapes: Shapes = field(default_factory=dict)
     any_size: bool = False
+    twin: bool = False
     module: str = ""
     float_case: str = ""
 
@@ -42,12 +44,11 @@ CASES = {
     "PP-OCRv4 det 640x640": Case("ppocr/det.onnx", {"x": (1, 3, 640, 640)}),
     "PP-OCRv4 rec 48x320": Case("ppocr/rec.onnx", {"x": (1, 3, 48, 320)}),
     "PP-OCRv4 cls 48x192": Case("ppocr/cls.onnx", {"x": (1, 3, 48, 192)}),
-    "silero VAD": Case("silero/silero_vad.onnx", SPEECH),
+    "silero VAD": Case("silero/silero_vad.onnx", SPEECH, any_size=True),  # onnxruntime refuses it with fixed sizes
     "GPT-2 decode, past 256": Case("exported/gpt2_decode.onnx", module="gpt2_decode"),
-    "PP-OCRv4 det 640x640, any size": Case("ppocr/det.onnx", {"x": (1, 3, 640, 640)}, any_size=True),
-    "PP-OCRv4 rec 48x320, any size": Case("ppocr/rec.onnx", {"x": (1, 3, 48, 320)}, any_size=True),
-    "PP-OCRv4 cls 48x192, any size": Case("ppocr/cls.onnx", {"x": (1, 3, 48, 192)}, any_size=True),
-    "silero VAD, any size": Case("silero/silero_vad.onnx", SPEECH, any_size=True),
+    "PP-OCRv4 det 640x640, any size": Case("ppocr/det.onnx", {"x": (1, 3, 640, 640)}, any_size=True, twin=True),
+    "PP-OCRv4 rec 48x320, any size": Case("ppocr/rec.onnx", {"x": (1, 3, 48, 320)}, any_size=True, twin=True),
+    "PP-OCRv4 cls 48x192, any size": Case("ppocr/cls.onnx", {"x": (1, 3, 48, 192)}, any_size=True, twin=True),
     "ResNet-50 int8": Case("quantized/resnet50.onnx", float_case="ResNet-50"),
     "MobileNetV2 int8": Case("quantized/mobilenetv2.onnx", float_case="MobileNetV2"),
     "BERT, 6 layers, int8": Case("quantized/bert_6.onnx", float_case="BERT, 6 layers, 128 tokens"),
@@ -56,7 +57,7 @@ CASES = {
 
 def kind(case: Case) -> str:
     """Return which table a case belongs to: "float32", "any size" or "int8"."""
-    return "int8" if case.float_case else "any size" if case.any_size else "float32"
+    return "int8" if case.float_case else "any size" if case.twin else "float32"
 
 
 def fixed_file(case: Case, folder: Path) -> Path:
@@ -93,18 +94,6 @@ def make_inputs(case: Case, original: Any) -> dict[str, np.ndarray]:
         arrays[name] = aligned_empty(array.shape, array.dtype)
         arrays[name][...] = array
     return arrays
-
-
-def dims_of(case: Case, original: Any) -> dict[str, int]:
-    """Return the value of each named dimension of the captured model's inputs."""
-    from optc.driver import specs
-
-    return {
-        str(dim): size
-        for spec in specs(original.graph.inputs)
-        for dim, size in zip(spec.shape, case.shapes.get(spec.name, ()), strict=False)
-        if isinstance(dim, str)
-    }
 
 
 def torch_module(case: Case) -> Any:

@@ -55,7 +55,6 @@ def prepare(name: str) -> None:
 def measure(name: str, seconds: float, threads: list[int], slow: bool) -> dict[str, Any]:
     """Measure one model that is compiled already."""
     import optc
-    from optc.ir import cost
 
     case = cases.CASES[name]
     artifact = FOLDER / f"{slug(name)}.optc"
@@ -64,11 +63,10 @@ def measure(name: str, seconds: float, threads: list[int], slow: bool) -> dict[s
         file = cases.fixed_file(case, Path(folder))
         original = optc.capture(file)
         inputs = cases.make_inputs(case, original)
-        costs = cost.totals(cost.estimate(original)).at(cases.dims_of(case, original))
         result: dict[str, Any] = {
             **json.loads((FOLDER / f"{slug(name)}.compile.json").read_text()),
             "kind": cases.kind(case),
-            "flops": costs.flops,
+            "flops": operations(file, case),
             "weights": sum(w.nbytes for w in model.manifest.weights),
             "activations": model.manifest.memory.get("activations"),
             "peak_memory": peak_memory(artifact, file, inputs),
@@ -86,6 +84,19 @@ def measure(name: str, seconds: float, threads: list[int], slow: bool) -> dict[s
             else:
                 result["times"]["1"]["tvm"] = outcome
     return result
+
+
+def operations(file: Path, case: cases.Case) -> int | None:
+    """Return the operations that the graph asks for at the case's sizes, None if data decides some sizes."""
+    import optc
+    from optc.errors import IRError
+    from optc.ir import cost
+
+    sized = optc.capture(file, input_shapes=case.shapes if case.any_size else None)
+    try:
+        return cost.totals(cost.estimate(sized)).at({}).flops
+    except IRError:
+        return None
 
 
 def side_by_side(
@@ -210,11 +221,13 @@ def limits() -> dict[str, Any]:
     return {"description": machine.describe(), "limits": {str(c): asdict(machine.measure(c)) for c in counts}}
 
 
-def child(*arguments: str) -> str:
+def child(*arguments: str) -> str | None:
+    """Run this program in a process of its own; None, after a message, if it fails."""
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed")
+        print(f"{' '.join(arguments)} failed", file=sys.stderr)
+        return None
     return done.stdout
 
 
@@ -228,22 +241,26 @@ def load_results() -> dict[str, Any]:
     }
 
 
-def run_all(options: argparse.Namespace) -> None:
-    """Compile and measure the models asked for, each step in a process of its own."""
+def run_all(options: argparse.Namespace) -> bool:
+    """Compile and measure the models asked for, each step in a process of its own; False if one of them failed."""
     (FOLDER / "results").mkdir(parents=True, exist_ok=True)
     names = [name for name in cases.CASES if re.search(options.only, name)]
-    for name in names:
-        if not options.prepared:
-            child("--prepare-one", name)
-            print(f"compiled {name}", file=sys.stderr, flush=True)
+    compiled = [name for name in names if options.prepared or child("--prepare-one", name) is not None]
     if options.prepare:
-        return
-    (FOLDER / "machine.json").write_text(child("--limits"))
-    for name in names:
+        return compiled == names
+    about = child("--limits")
+    if about is None:
+        return False
+    (FOLDER / "machine.json").write_text(about)
+    measured = 0
+    for name in compiled:
         arguments = ["--measure-one", name, "--seconds", str(options.seconds), "--threads", options.threads]
         text = child(*arguments, *(["--no-slow-peers"] if options.no_slow_peers else []))
-        (FOLDER / "results" / f"{slug(name)}.json").write_text(text.splitlines()[-1])
-        report.show(name, json.loads(text.splitlines()[-1]))
+        if text is not None:
+            measured += 1
+            (FOLDER / "results" / f"{slug(name)}.json").write_text(text.splitlines()[-1])
+            report.show(name, json.loads(text.splitlines()[-1]))
+    return measured == len(names)
 
 
 def main() -> None:
@@ -272,14 +289,15 @@ def main() -> None:
     elif options.tvm:
         time_tvm(*options.tvm)
     else:
-        if not options.report:
-            run_all(options)
+        complete = options.report or run_all(options)
         results = load_results()
         if results and not options.prepare:
             about = json.loads((FOLDER / "machine.json").read_text())
             report.summarize(about, results)
             if not options.no_write:
                 report.write(cases.ROOT / "docs", about, results)
+        if not complete:
+            raise SystemExit("some models failed")
 
 
 if __name__ == "__main__":
