@@ -7,27 +7,8 @@ from typing import Any
 
 from tvm import te, tirx
 
+from optc.backends.kernels import loops
 from optc.backends.kernels.contraction import ROW_BLOCK, accumulator, annotate, widen
-
-
-def pad(x: Any, before: Sequence[Any], after: Sequence[Any], value: Any) -> Any:
-    """Pad the trailing axes of ``x [N, C, *S]`` with ``value``."""
-    rank = len(before)
-    lead = len(x.shape) - rank
-    sizes = x.shape[lead:]
-    shape = [*x.shape[:lead], *(b + s + a for b, s, a in zip(before, sizes, after, strict=True))]
-
-    def element(*index: Any) -> Any:
-        outer, inner = index[:lead], [i - b for i, b in zip(index[lead:], before, strict=True)]
-        inside = [
-            c
-            for i, s, b, a in zip(inner, sizes, before, after, strict=True)
-            for c in ([i >= 0] if _may(b) else []) + ([i < s] if _may(a) else [])
-        ]
-        loaded = x(*outer, *inner)
-        return tirx.if_then_else(tirx.all(*inside), loaded, value) if inside else loaded
-
-    return te.compute(shape, element, "pad")
 
 
 def _may(amount: Any) -> bool:
@@ -75,9 +56,19 @@ def conv(
 
 
 def conv_last(
-    x: Any, w: Any, *, channels: int, groups: int, strides: Sequence[int], dilations: Sequence[int], out: Sequence[Any]
+    x: Any,
+    w: Any,
+    *,
+    channels: int,
+    groups: int,
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    out: Sequence[Any],
+    last: bool,
 ) -> Any:
-    """Convolve padded ``x [N, *S, C]``: ``[N, *out, M]``, or ``[N, *out, G, M/G]`` with ``groups`` > 1.
+    """Convolve padded ``x``, ``[N, *S, C]`` if ``last``, else ``[N, C, *S]``.
+
+    The result is ``[N, *out, M]``, or ``[N, *out, G, M/G]`` with ``groups`` > 1.
 
     ``w`` is packed: ``[ceil(M/width), *K, C, width]``, with groups ``[G, ceil(M/G/width), *K, C/G, width]``.
     """
@@ -97,7 +88,8 @@ def conv_last(
         channel = g * depth + c if grouped else c
         weight = w(*([g] if grouped else []), m // width, *ks, c, m % width)
         reduced = [*(k for k in ks if not isinstance(k, int)), c]
-        return te.sum(widen(x(n, *where, channel), dtype) * widen(weight, dtype), axis=reduced)
+        pixel_value = x(n, *where, channel) if last else x(n, channel, *where)
+        return te.sum(widen(pixel_value, dtype) * widen(weight, dtype), axis=reduced)
 
     tail = [groups, channels // groups] if grouped else [channels]
     shape = (x.shape[0], *out, *tail)
@@ -105,24 +97,59 @@ def conv_last(
     return te.compute(shape, element, "conv", attrs=attributes)
 
 
-def pad_last(x: Any, before: Sequence[Any], after: Sequence[Any], value: Any, *, plain: bool) -> Any:
-    """Pad the spatial axes of ``x [N, *S, C]``, or of ``x [N, C, *S]`` when ``plain``, into ``[N, *S', C]``."""
-    rank = len(before)
-    sizes = list(x.shape[2:] if plain else x.shape[1:-1])
-    channels = x.shape[1] if plain else x.shape[-1]
-    shape = [x.shape[0], *(b + s + a for b, s, a in zip(before, sizes, after, strict=True)), channels]
+def pad_rows(x: Any, before: Sequence[Any], after: Sequence[Any], value: Any, *, last: bool) -> Any:
+    """Pad the spatial axes of ``x``, ``[N, *S, C]`` if ``last``, else ``[N, C, *S]``, row by row.
 
-    def element(n: Any, *index: Any) -> Any:
-        inner = [i - b for i, b in zip(index[:rank], before, strict=True)]
-        inside = [
-            check
-            for i, s, b, a in zip(inner, sizes, before, after, strict=True)
-            for check in ([i >= 0] if _may(b) else []) + ([i < s] if _may(a) else [])
-        ]
-        loaded = x(n, index[-1], *inner) if plain else x(n, *inner, index[-1])
-        return tirx.if_then_else(tirx.all(*inside), loaded, value) if inside else loaded
+    A row is what lies together in memory along the last spatial axis: it is filled, or copied between two borders.
+    """
+    rank, shape = len(before), list(x.shape)
+    first = 1 if last else 2
+    for i, (b, a) in enumerate(zip(before, after, strict=True)):
+        shape[first + i] = shape[first + i] + b + a
+    unit = x.shape[-1] if last else 1
+    outer = first + rank - 1
 
-    return te.compute(shape, element, "pad")
+    def generate(ins: Any, outs: Any) -> Any:
+        source, target = ins[0], outs[0]
+        width = source.shape[outer] * unit
+        left, right = loops.index(before[-1]) * unit, loops.index(after[-1]) * unit
+
+        def place(buffer: Any, where: Sequence[Any], position: Any) -> Any:
+            rest = [position // unit, position % unit] if last else [position]
+            return tirx.BufferLoad(buffer, [*where, *rest])
+
+        def put(where: Sequence[Any], position: Any, element: Any) -> Any:
+            return tirx.BufferStore(target, element, list(place(target, where, position).indices))
+
+        def row(flat: Any) -> Any:
+            where = loops.unravel(flat, target.shape[:outer])
+            inner = [w if i < first else w - before[i - first] for i, w in enumerate(where)]
+            inside = [
+                check
+                for i, (b, a) in enumerate(zip(before[:-1], after[:-1], strict=True))
+                for check in ([inner[first + i] >= 0] if _may(b) else [])
+                + ([inner[first + i] < source.shape[first + i]] if _may(a) else [])
+            ]
+
+            def fill(start: Any, count: Any) -> Any:
+                return loops.loop("j", count, lambda j: put(where, start + j, value))
+
+            copy = loops.loop("j", width, lambda j: put(where, left + j, place(source, inner, j)))
+            copied = loops.sequence(fill(0, left), copy, fill(left + width, right))
+            return tirx.IfThenElse(tirx.all(*inside), copied, fill(0, left + width + right)) if inside else copied
+
+        return loops.loop("row", loops.product(target.shape[:outer]), row, "parallel")
+
+    sizes = [loops.index(d) for d in shape]
+    return te.extern(
+        [sizes],
+        [x],
+        generate,
+        name="pad",
+        dtype=[str(x.dtype)],
+        in_buffers=[tirx.decl_buffer(x.shape, x.dtype, "x", layout=None)],
+        out_buffers=[tirx.decl_buffer(sizes, x.dtype, "y", layout=None)],
+    )
 
 
 def add_channels(y: Any, bias: Any, groups: int) -> Any:
@@ -178,17 +205,32 @@ def gather(
     dilations: Sequence[int],
     before: Sequence[Any],
     out: Sequence[Any],
+    whole: Sequence[bool],
     groups: int,
 ) -> Any:
     """Sum what ``spread`` made into the output of a transposed convolution, ``[N, *out, M]``.
 
     Output position ``o`` takes kernel position ``k`` of input ``i`` when ``o + before == i * stride + k * dilation``.
-    Without dilation these are every ``stride``-th ``k`` from ``(o + before) % stride`` on.
+    Without dilation these are every ``stride``-th ``k`` from ``(o + before) % stride`` on. ``whole`` tells of each axis
+    whether the output is exactly the input's size times the stride.
     """
     sizes = list(y.shape[1:-2])
     per_group = channels // groups
     steps = [s if d == 1 else 1 for s, d in zip(strides, dilations, strict=True)]
     ks = [te.reduce_axis((0, -(-k // step)), f"k{i}") for i, (k, step) in enumerate(zip(kernel, steps, strict=True))]
+
+    # Every output has one term where windows neither overlap nor leave gaps nor are cut off.
+    tiled = [k == s and b == 0 and same for k, s, b, same in zip(kernel, strides, before, whole, strict=True)]
+
+    def one(n: Any, *index: Any) -> Any:
+        *pixel, m = index
+        flat: Any = tirx.IntImm("int64", 0)
+        for o, s in zip(pixel, strides, strict=True):
+            flat = flat * s + tirx.indexmod(o, s)
+        where = [tirx.indexdiv(o, s) for o, s in zip(pixel, strides, strict=True)]
+        if groups == 1:
+            return y(n, *where, 0, flat * per_group + m)
+        return y(n, *where, m // per_group, flat * per_group + m % per_group)
 
     def element(n: Any, *index: Any) -> Any:
         *pixel, m = index
@@ -207,7 +249,7 @@ def gather(
         value = y(n, *where, m // per_group, flat * per_group + m % per_group)
         return te.sum(tirx.if_then_else(tirx.all(*checks), value, tirx.const(0, str(y.dtype))), axis=ks)
 
-    total = te.compute((y.shape[0], *out, channels), element, "gather")
+    total = te.compute((y.shape[0], *out, channels), one if all(tiled) else element, "gather")
     if bias is None:
         return total
     return te.compute(total.shape, lambda *i: total(*i) + widen(bias(i[-1]), str(y.dtype)), "bias")

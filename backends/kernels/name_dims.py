@@ -71,9 +71,10 @@ def _named(function: Any) -> Any:
 def _compound_dims(function: Any) -> list[tuple[Any, Any]]:
     """Return the distinct sizes of the arguments that are expressions, each with a new variable."""
     dims: list[tuple[Any, Any]] = []
+    analyzer = tvm.sym.Analyzer()
     for parameter in function.params:
         for dim in getattr(parameter.ty, "shape", ()):
             named = isinstance(dim, _COMPOUND)
-            if named and not any(tvm_ffi.structural_equal(dim, other) for other, _ in dims):
+            if named and not any(analyzer.can_prove_equal(dim, other) for other, _ in dims):
                 dims.append((dim, tirx.Var(f"size_{len(dims)}", "int64")))
     return dims

@@ -16,6 +16,7 @@ from optc.backends.kernels import (
     integer_schedule,
     window,
     winograd,
+    winograd_schedule,
 )
 
 ScheduleFunction = Callable[[Any, Target], Any]
@@ -32,5 +33,5 @@ TEMPLATES: dict[str, ScheduleFunction] = {
     contraction.TEMPLATE: _contraction,
     integer_contraction.TEMPLATE: integer_schedule.schedule,
     window.TEMPLATE: window.schedule,
-    winograd.TEMPLATE: winograd.schedule,
+    winograd.TEMPLATE: winograd_schedule.schedule,
 }

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx
 
-from optc.backends.kernels import contraction, convolution, winograd
+from optc.backends.kernels import contraction, convolution, few_rows, winograd
 from optc.backends.kernels.loops import ceildiv
 from optc.backends.lowering.emit import as_index, shape_of
 from optc.backends.lowering.known import Known
@@ -44,11 +44,17 @@ def conv(site: Site) -> Any:
     if tile is not None:
         return Known(last=_winograd(site, weights, geometry, tile))
     wanted = [shape[0], filters[1] * groups, *shape[2:]]
-    return Known(last=product(site, _padded_last(site, wanted, geometry), weights, groups, geometry))
+    # The rows of the product may lie in memory in any way: an image that is not channels-last is read as it is.
+    last = site.value(0) in site.lowerer.channels_last
+    if last:
+        x = site.check_equal(site.last(0), permuted(wanted, channels_last(len(shape))))
+    else:
+        x = site.check_equal(site.tensor(0), wanted)
+    return Known(last=product(site, padded(site, x, geometry, last=last), weights, groups, geometry, last=last))
 
 
-def product(site: Site, x: Any, weights: np.ndarray, groups: int, geometry: Windows) -> Any:
-    """Convolve padded ``x [N, *S, C]`` with constant ``weights [M, C/G, *K]`` and the bias of input 2."""
+def product(site: Site, x: Any, weights: np.ndarray, groups: int, geometry: Windows, *, last: bool) -> Any:
+    """Convolve padded ``x``, channels-last or not, with constant ``weights [M, C/G, *K]`` and the bias of input 2."""
     channels, dtype = weights.shape[0], str(x.ty.dtype)
     rows = static_product([shape_of(x)[0], *geometry.out])
     w = site.weight(pack_filters(site, weights, groups, rows, dtype), "packed")
@@ -63,6 +69,7 @@ def product(site: Site, x: Any, weights: np.ndarray, groups: int, geometry: Wind
             strides=geometry.strides,
             dilations=geometry.dilations,
             out=geometry.out,
+            last=last,
         )
         for term in b:
             y = convolution.add_channels(y, term, groups)
@@ -94,29 +101,26 @@ def _winograd_tile(site: Site, weights: np.ndarray, groups: int, geometry: Windo
 
 
 def _winograd(site: Site, weights: np.ndarray, geometry: Windows, m: int) -> Any:
-    """Convolve by Winograd's algorithm: transform of the image, products, and the transform back, a kernel each."""
+    """Convolve by Winograd's algorithm with output tiles of ``m`` x ``m``."""
     maps, depth = weights.shape[:2]
     shape = site.shape(0)
     x = site.check_equal(site.last(0), permuted([shape[0], depth, *shape[2:]], channels_last(4)))
     height, width = geometry.out
-    tiles = (ceildiv(height, m), ceildiv(width, m))
-    before = (geometry.before[0], geometry.before[1])
-    rows = static_product([shape[0], *tiles])
+    rows = static_product([shape[0], ceildiv(height, m), ceildiv(width, m)])
+    panel = panel_width(site, max(rows, few_rows.ROWS + 1) if rows else None, depth, maps, "float32")
     filters = winograd.transform_filters(weights, m)
-    panel = panel_width(site, rows, depth, maps, "float32")
     u = site.weight(np.stack([contraction.pack_columns(f, panel) for f in filters]), f"winograd{m}")
-    v = site.emit(lambda a: winograd.forward(a, m, before, tiles, site.target), x, name="winograd_input")
-    y = site.emit(lambda a, b: winograd.products(a, b, maps), v, u, name="winograd", attributes=_OPAQUE)
-    table = relax.const(winograd.OUTPUT[m].astype(np.float32))
+    tables = [relax.const(table[m].astype(np.float32)) for table in (winograd.INPUT, winograd.OUTPUT)]
+    before, out = (geometry.before[0], geometry.before[1]), (_index(height), _index(width))
     bias = [site.tensor(2)] if site.has(2) else []
 
-    def back(a: Any, t: Any, *b: Any) -> Any:
-        result = winograd.inverse(a, t, as_index(height), as_index(width), as_index(shape[0]))
+    def compute(a: Any, f: Any, forward: Any, back: Any, *b: Any) -> Any:
+        y = winograd.convolve(a, f, forward, back, maps, before, out)
         for term in b:
-            result = convolution.add_channels(result, term, 1)
-        return result
+            y = convolution.add_channels(y, term, 1)
+        return y
 
-    return site.emit(back, y, table, *bias, name="winograd_output", attributes=contraction.FUSIBLE)
+    return site.emit(compute, x, u, *tables, *bias, name="winograd", attributes=contraction.FUSIBLE)
 
 
 def _depthwise(site: Site, weights: np.ndarray, groups: int, geometry: Windows) -> Any:
@@ -143,26 +147,6 @@ def _depthwise(site: Site, weights: np.ndarray, groups: int, geometry: Windows) 
 
 def _index(value: Any) -> Any:
     return value if isinstance(value, int) else as_index(value)
-
-
-def _padded_last(site: Site, shape: list[Any], geometry: Windows) -> Any:
-    """Return input 0 of ``shape [N, C, *S]`` as padded ``[N, *S', C]``; padding and transposition are one kernel."""
-    value = site.value(0)
-    plain = value not in site.lowerer.channels_last
-    if not geometry.padded:
-        return site.check_equal(site.last(0), permuted(shape, channels_last(len(shape))))
-    if plain:
-        x = site.check_equal(site.tensor(0), shape)
-    else:
-        x = site.check_equal(site.last(0), permuted(shape, channels_last(len(shape))))
-    fill = scalar(0, str(x.ty.dtype))
-    # Opaque to fusion: as the epilogue of the convolution before, it would keep that one from its template.
-    return site.emit(
-        lambda a: convolution.pad_last(a, geometry.before, geometry.after, fill, plain=plain),
-        x,
-        name="pad",
-        attributes=_OPAQUE,
-    )
 
 
 def _unpacked(site: Site, filters: list[int], groups: int, geometry: Windows) -> Any:
@@ -196,14 +180,13 @@ def pack_filter_rows(weights: np.ndarray, groups: int) -> np.ndarray:
     return contraction.pack_rows(weights.reshape(groups, weights.shape[0] // groups, *weights.shape[1:]))
 
 
-def padded(site: Site, x: Any, geometry: Windows, value: float = 0) -> Any:
-    """Return ``x [N, C, *S]`` with its spatial axes padded, by a kernel of its own; ``x`` itself without padding."""
+def padded(site: Site, x: Any, geometry: Windows, value: float = 0, *, last: bool = False) -> Any:
+    """Return ``x``, ``[N, C, *S]`` or channels-last, with its spatial axes padded, by a kernel of its own."""
     if not geometry.padded:
         return x
+    before, after = ([_index(v) for v in pads] for pads in (geometry.before, geometry.after))
     fill = scalar(value, str(x.ty.dtype))
-    return site.emit(
-        lambda a: convolution.pad(a, geometry.before, geometry.after, fill), x, name="pad", attributes=_OPAQUE
-    )
+    return site.emit(lambda a: convolution.pad_rows(a, before, after, fill, last=last), x, name="pad")
 
 
 @TABLE.lowers("ConvTranspose")
@@ -229,6 +212,7 @@ def conv_transpose(site: Site) -> Any:
         attributes=contraction.FUSIBLE,
     )
     bias = [site.tensor(2)] if site.has(2) else []
+    whole = [site.prove_equal(o, d * t) for o, d, t in zip(out, shape[2:], strides, strict=True)]
 
     def gather(y: Any, *b: Any) -> Any:
         total = convolution.gather(
@@ -240,6 +224,7 @@ def conv_transpose(site: Site) -> Any:
             dilations=dilations,
             before=before,
             out=out,
+            whole=whole,
             groups=groups,
         )
         return contraction.narrow(total, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,11 +14,15 @@ from optc.backends.kernels import interpolation
 from optc.backends.kernels.contraction import accumulator
 from optc.backends.kernels.interpolation import Mapping, real
 from optc.backends.lowering.emit import as_index, shape_of
+from optc.backends.lowering.known import Known
+from optc.backends.lowering.layout import channels_last
 from optc.backends.lowering.site import Site
 from optc.backends.lowering.table import Table
 
 TABLE = Table()
 _OPAQUE = {"op_pattern": 8}
+_INJECTIVE = {"op_pattern": 2}
+"""A gather by a table: TVM cannot see that what follows it element by element can be computed with it."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,22 @@ class Axis:
 @TABLE.lowers("Resize")
 def resize(site: Site) -> Any:
     """Resize-19 with all modes; sizes and scales may be constants, symbolic, or known only at run time."""
-    x = site.tensor(0)
-    shape, mode = shape_of(x), _text(site, "mode", "nearest")
+    shape, mode = site.shape(0), _text(site, "mode", "nearest")
     listed = site.attr("axes")
     axes = [a % len(shape) for a in listed] if listed is not None else list(range(len(shape)))
     transform = _text(site, "coordinate_transformation_mode", "half_pixel")
     crop = transform == "tf_crop_and_resize"
     plan, scales = _plan(site, shape, axes)
+    last = site.is_last(0)
+    x = site.last(0) if last else site.tensor(0)
+    if last:
+        order = channels_last(len(shape))
+        plan = [replace(axis, axis=order.index(axis.axis)) for axis in plan]
     for axis in plan:
         if not crop and _same(site, axis):
             continue
         x = _resize_axis(site, x, axis, mode, transform, scales, len(axes))
-    return x
+    return Known(last=x) if last else x
 
 
 def _text(site: Site, name: str, default: str) -> str:
@@ -168,7 +176,7 @@ def _resize_axis(site: Site, x: Any, axis: Axis, mode: str, transform: str, scal
                 out_shape, lambda *at: a(*at[: axis.axis], i(at[axis.axis]), *at[axis.axis + 1 :]), "resize"
             )
 
-        x = site.emit(gather, x, index, name="resize")
+        x = site.emit(gather, x, index, name="resize", attributes=_INJECTIVE)
     else:
         x = _interpolate(site, x, axis, mode, coordinate, extra, out_shape)
     if not crop:
