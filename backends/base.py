@@ -46,6 +46,10 @@ class Build:
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
 
+ALGORITHMS = frozenset({"winograd"})
+"""Kernel algorithms that trade accuracy for speed and can be left out."""
+
+
 class Backend(Protocol):
     """Turns a canonical, optimized model into code for one kind of target."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from optc.backends.base import Backend, Target
 
@@ -14,8 +14,11 @@ def resolve(name: str) -> Target:
     return cpu.resolve(name)
 
 
-def backend(target: Target, progress: Callable[[str], None] | None = None) -> Backend:
-    """Return the backend for ``target``; ``progress`` is told the name of each stage of a build."""
+def backend(target: Target, progress: Callable[[str], None] | None = None, without: Collection[str] = ()) -> Backend:
+    """Return the backend for ``target``; ``progress`` is told the name of each stage of a build.
+
+    ``without`` names algorithms of ``base.ALGORITHMS`` to leave out.
+    """
     from optc.backends.cpu.build import CpuBackend
 
-    return CpuBackend(target, progress)
+    return CpuBackend(target, progress, without)

@@ -15,7 +15,7 @@ import onnx_ir as oir
 import optc
 from optc import sample, verification
 from optc.backends.artifact import Artifact, build_artifact
-from optc.backends.base import Build, Target
+from optc.backends.base import ALGORITHMS, Build, Target
 from optc.errors import NoLegalInputsError, UnsupportedModelError
 from optc.passes import fuse, pipeline
 from optc.passes.observer import Observer, PassRecord
@@ -71,7 +71,7 @@ def compile(
         verify: compare the result with a reference on random inputs, and keep the errors in the report. Artifacts
             for another machine cannot run here: their report says that they were not verified.
         tolerance: allowed error relative to each output's largest magnitude; default by dtype.
-        disable_passes: names of graph passes or rules to leave out.
+        disable_passes: names of graph passes or rules to leave out, or of kernel algorithms (``winograd``).
         observers: see the passes.
         inputs: arrays to verify with, instead of random ones.
         trace: collects timings and pass records.
@@ -89,9 +89,10 @@ def compile(
             dims=dims,
         )
     original = model.clone() if verify else None
+    algorithms = ALGORITHMS.intersection(disable_passes)
     with trace.stage("optimize"):
-        trace.passes = pipeline.run(model, disable=disable_passes, observers=observers)
-    resolved, build = _build(model, target, trace)
+        trace.passes = pipeline.run(model, disable=set(disable_passes) - algorithms, observers=observers)
+    resolved, build = _build(model, target, trace, algorithms)
     inputs_spec, outputs_spec = specs(model.graph.inputs), specs(model.graph.outputs)
     with trace.stage("pack"):
         artifact = build_artifact(
@@ -159,11 +160,11 @@ def resolve_target(name: str) -> Target:
     return registry.resolve(name)
 
 
-def backend(target: Target, progress: Progress | None = None) -> Any:
-    """Return the backend that compiles for ``target``."""
+def backend(target: Target, progress: Progress | None = None, without: Collection[str] = ()) -> Any:
+    """Return the backend that compiles for ``target``, without some algorithms."""
     from optc.backends import registry
 
-    return registry.backend(target, progress)
+    return registry.backend(target, progress, without)
 
 
 def specs(values: Sequence[oir.Value]) -> list[TensorSpec]:
@@ -180,10 +181,10 @@ def specs(values: Sequence[oir.Value]) -> list[TensorSpec]:
     return result
 
 
-def _build(model: oir.Model, target: str, trace: Trace) -> tuple[Target, Build]:
+def _build(model: oir.Model, target: str, trace: Trace, without: Collection[str]) -> tuple[Target, Build]:
     with trace.stage("build"):
         resolved = resolve_target(target)
-        return resolved, backend(resolved, trace.progress).build(model)
+        return resolved, backend(resolved, trace.progress, without).build(model)
 
 
 def _memory(build: Build) -> dict[str, int]:

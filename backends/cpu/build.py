@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,21 @@ class Module:
 class CpuBackend:
     """The CPU backend for one target."""
 
-    def __init__(self, target: Target, progress: Progress | None = None) -> None:
+    def __init__(self, target: Target, progress: Progress | None = None, without: Collection[str] = ()) -> None:
         self.target = target
+        self.without = frozenset(without)
         self.progress = progress or (lambda _: None)
 
     def supported(self, model: oir.Model) -> None:
         """Raise UnsupportedModelError naming every node that cannot be compiled. ``model`` gets expanded."""
         expand_functions(model, TABLE.keys())
-        lower(model, TABLE, self.target)
+        lower(model, TABLE, self.target, self.without)
 
     def schedule(self, model: oir.Model) -> Module:
         """Lower, fuse and schedule ``model`` (which gets expanded in place)."""
         self.progress("lowering")
         expand_functions(model, TABLE.keys())
-        lowered = lower(model, TABLE, self.target)
+        lowered = lower(model, TABLE, self.target, self.without)
         self.progress("fusing")
         module = _fuse(lowered.module)
         self.progress("scheduling")

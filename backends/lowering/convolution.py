@@ -94,7 +94,7 @@ def _winograd_tile(site: Site, weights: np.ndarray, groups: int, geometry: Windo
     """Return the output tile of Winograd's algorithm, or None where it does not apply or would not pay."""
     plain = geometry.strides == [1, 1] and geometry.dilations == [1, 1] and geometry.kernel == [3, 3]
     known = all(isinstance(b, int) for b in geometry.before)
-    if not plain or not known or groups > 1 or weights.dtype != np.float32:
+    if not plain or not known or groups > 1 or weights.dtype != np.float32 or "winograd" in site.lowerer.without:
         return None
     height, width = geometry.out
     return winograd.choose(height, width, weights.shape[1], weights.shape[0], site.target)

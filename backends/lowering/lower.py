@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,21 +65,26 @@ class Lowered:
     """IR node names by the hint their kernels were emitted under."""
 
 
-def lower(model: oir.Model, table: Mapping[tuple[str, str], Lower], target: Target) -> Lowered:
+def lower(
+    model: oir.Model, table: Mapping[tuple[str, str], Lower], target: Target, without: Collection[str] = ()
+) -> Lowered:
     """Lower ``model``; raises UnsupportedModelError naming every node that cannot be lowered, and why.
 
-    Weights are packed as the kernels of ``target`` read them.
+    Weights are packed as the kernels of ``target`` read them. ``without`` names algorithms to leave out.
     """
-    return Lowerer(model, table, target).run()
+    return Lowerer(model, table, target, without).run()
 
 
 class Lowerer:
     """The state of one lowering: builder, lowered values, known integers, weights, symbolic dimensions."""
 
-    def __init__(self, model: oir.Model, table: Mapping[tuple[str, str], Lower], target: Target) -> None:
+    def __init__(
+        self, model: oir.Model, table: Mapping[tuple[str, str], Lower], target: Target, without: Collection[str] = ()
+    ) -> None:
         self.model = model
         self.table = table
         self.target = target
+        self.without = frozenset(without)
         self.builder = relax.BlockBuilder()
         self.tensors: dict[oir.Value, Any] = {}
         self.channels_last: dict[oir.Value, Any] = {}
