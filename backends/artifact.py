@@ -167,13 +167,16 @@ def build_artifact(
     metadata: Mapping[str, str],
     memory: Mapping[str, int | None],
     tuning: str = "",
+    calls: Sequence[str] | None = None,
+    alignment: int = WEIGHT_ALIGNMENT,
 ) -> Artifact:
     """Put an artifact together.
 
     ``code`` is a shared library whose Relax function ``main`` takes the inputs, then the weights in the order
     of ``weights``, and returns the outputs. ``target`` has kind, triple, cpu, features (LLVM names of what
     the code may use) and possibly threads. ``memory`` gives bytes by use (``activations``); unknown ones
-    (None) are left out, and ``weights`` is added. The arrays are kept, not copied: leave them unchanged.
+    (None) are left out, and ``weights`` is added.
+    The arrays are kept, not copied: leave them unchanged. ``calls`` and ``alignment`` are those of the manifest.
     """
     packed = Weights(weights)
     manifest = Manifest(
@@ -192,6 +195,8 @@ def build_artifact(
         files={},
         memory={name: size for name, size in memory.items() if size is not None} | {"weights": packed.size},
         metadata=dict(metadata),
+        calls=None if calls is None else tuple(calls),
+        alignment=alignment,
     )
     return Artifact(manifest, code, packed, dict(report), tuning)
 

@@ -38,12 +38,18 @@ class Target:
 
 @dataclass
 class Build:
-    """Compiled code and what it needs: ``weights`` by name in the order of the parameters of ``main``."""
+    """Compiled code and what it needs: ``weights`` by name in the order of the parameters of ``main``.
+
+    ``calls`` are the kernels in the order of the clock that ``main`` takes last, None if it takes none. Inputs may lie
+    at any multiple of ``alignment`` and of their elements' size.
+    """
 
     code: bytes
     weights: dict[str, np.ndarray]
     activation_bytes: int | None
     kernels: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[str] | None = None
+    alignment: int = 1
 
 
 ALGORITHMS = frozenset({"winograd"})

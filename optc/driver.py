@@ -104,6 +104,8 @@ def compile(
             report=_report(trace.passes, build),
             metadata={str(k): str(v) for k, v in model.metadata_props.items()},
             memory=_memory(build),
+            calls=build.calls,
+            alignment=build.alignment,
         )
     if original is None:
         return artifact.with_report(artifact.report | {"verification": "skipped on request"})

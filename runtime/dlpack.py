@@ -7,6 +7,8 @@ every version since still serves to consumers that ask for none).
 from __future__ import annotations
 
 import ctypes
+import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,21 @@ def _array(owner: object, tensor: ffi.DLTensor, dtype: np.dtype[Any]) -> NDArray
     strides = tuple(s * dtype.itemsize for s in tensor.strides[: tensor.ndim]) if tensor.strides else None
     memory = _Memory(owner, tensor.data + tensor.byte_offset, dtype.itemsize, shape, strides)
     return np.asarray(memory).view(dtype)
+
+
+def contiguous(owner: object, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the memory at ``start`` as an array that keeps ``owner`` alive."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return np.empty(shape, dtype)
+    memory = _bytes(size).from_address(start)
+    memory.owner = owner
+    return np.ndarray(shape, dtype, memory)
+
+
+@lru_cache(maxsize=1024)
+def _bytes(size: int) -> Any:
+    return ctypes.c_char * size
 
 
 def _dtype_of(tensor: ffi.DLTensor) -> np.dtype[Any] | None:

@@ -7,7 +7,6 @@ tens of microseconds; calls that use one thread run where they are made.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
@@ -17,6 +16,8 @@ from queue import SimpleQueue
 
 from optc.errors import OptcError
 from optc.runtime import ffi
+from optc.runtime.dtypes import dlpack_type
+from optc.runtime.inputs import Array
 
 NAIVE_ALLOCATOR = 1
 POOLED_ALLOCATOR = 2
@@ -57,10 +58,13 @@ class Code:
 class _Pool:
     """The state that the runners of a model share with it."""
 
-    def __init__(self, code: Code, weights: Sequence[ffi.Ref], keep: object, allocator: int, threads: int) -> None:
+    def __init__(
+        self, code: Code, weights: Sequence[ffi.Ref], keep: object, clock: bool, allocator: int, threads: int
+    ) -> None:
         self.code = code
         self.weights = weights
         self.keep = keep
+        self.clock = clock
         self.allocator = allocator
         self.threads = threads
         self.closed = False
@@ -72,7 +76,7 @@ class _Pool:
         self.idle: list[_Inline | _Worker] = []
 
     def machine(self) -> Machine:
-        return Machine(self.code, self.weights, self.allocator)
+        return Machine(self.code, self.weights, self.allocator, clock=self.clock)
 
     def take(self) -> _Inline | _Worker:
         with self.lock:
@@ -112,12 +116,12 @@ class _Inline:
         self._pool = pool
         self._machine = pool.machine()
 
-    def run(self, inputs: Sequence[ffi.Ref], keep: object) -> list[ffi.Ref]:
+    def run(self, arrays: Sequence[Array], starts: Sequence[int]) -> list[ffi.Ref]:
         if not getattr(_this_thread, "serial", False):
             configure_threads(1)
             _this_thread.serial = True
         try:
-            return self._machine.run(inputs)
+            return self._machine.run(arrays, starts)
         finally:
             self._pool.give_back(self)
 
@@ -126,13 +130,13 @@ class _Inline:
 
 
 class _Job:
-    """A call handed to a worker. ``keep`` holds the memory of the inputs until the code is done with it."""
+    """A call handed to a worker."""
 
-    __slots__ = ("done", "error", "inputs", "keep", "outputs")
+    __slots__ = ("arrays", "done", "error", "outputs", "starts")
 
-    def __init__(self, inputs: Sequence[ffi.Ref], keep: object) -> None:
-        self.inputs: Sequence[ffi.Ref] = inputs
-        self.keep = keep
+    def __init__(self, arrays: Sequence[Array], starts: Sequence[int]) -> None:
+        self.arrays: Sequence[Array] = arrays
+        self.starts = starts
         self.outputs: list[ffi.Ref] = []
         self.error: BaseException | None = None
         self.done = threading.Lock()
@@ -149,8 +153,8 @@ class _Worker:
         self._thread = threading.Thread(target=self._loop, args=(pool,), name="optc-model", daemon=True)
         self._thread.start()
 
-    def run(self, inputs: Sequence[ffi.Ref], keep: object) -> list[ffi.Ref]:
-        job = _Job(inputs, keep)
+    def run(self, arrays: Sequence[Array], starts: Sequence[int]) -> list[ffi.Ref]:
+        job = _Job(arrays, starts)
         self._jobs.put(job)
         job.done.acquire()
         if job.error is not None:
@@ -170,10 +174,10 @@ class _Worker:
                 if machine is None:
                     configure_threads(self.threads)
                     machine = pool.machine()
-                job.outputs = machine.run(job.inputs)
+                job.outputs = machine.run(job.arrays, job.starts)
             except BaseException as error:
                 job.error = error
-            job.inputs, job.keep = (), None
+            job.arrays = ()
             stays = pool.give_back(self)
             job.done.release()
             del job
@@ -181,24 +185,48 @@ class _Worker:
                 break
 
 
+class _Argument:
+    """A tensor over an input's memory, used again for the next array of the same shape."""
+
+    def __init__(self, array: Array, start: int) -> None:
+        self.shape = array.shape
+        dtype = array.dtype.name
+        self.ref = ffi.view(start, *dlpack_type(dtype), array.shape)
+        self._tensor = self.ref.tensor()
+
+    def move(self, array: Array, start: int) -> bool:
+        """Let the tensor lie at ``start``; False if it cannot stand for ``array``, or somebody holds it."""
+        if array.shape != self.shape or self.ref.holders != 1:
+            return False
+        self._tensor.data = start
+        return True
+
+
 class Machine:
     """A virtual machine with the model's weights bound; used by one thread at a time."""
 
-    def __init__(self, code: Code, weights: Sequence[ffi.Ref], allocator: int) -> None:
+    def __init__(self, code: Code, weights: Sequence[ffi.Ref], allocator: int, *, clock: bool) -> None:
         self._machine, self._entry = code.new_machine(allocator)
+        self._clock: list[ffi.Ref] = [ffi.empty(*dlpack_type("int64"), (0,))] if clock else []
         self._weights = weights
-        self._arguments: ctypes.Array[ffi.Value] | None = None
+        self._inputs: list[_Argument] = []
+        self._arguments, _ = ffi.pack([*weights, *self._clock])
 
-    def instrument(self, callback: ffi.Ref) -> None:
-        """Have ``callback`` called before and after each instruction that calls a function."""
-        ffi.call(ffi.module_function(self._machine, "set_instrument"), callback)
+    def measure(self, clock: Array) -> None:
+        """From now on add the time of each call of a kernel to ``clock``, int64 [calls, 2] that the caller keeps."""
+        self._clock = [ffi.view(clock.ctypes.data, *dlpack_type("int64"), (clock.size,))]
+        self._inputs = []
 
-    def run(self, inputs: Sequence[ffi.Ref]) -> list[ffi.Ref]:
-        """Call the entry function and return its tensors."""
-        if self._arguments is None:
-            self._arguments, _ = ffi.pack([*inputs, *self._weights])
-        for value, tensor in zip(self._arguments, inputs, strict=False):
-            value.type_index, value.content = ffi.TENSOR, tensor.address
+    def run(self, arrays: Sequence[Array], starts: Sequence[int]) -> list[ffi.Ref]:
+        """Call the entry function on arrays whose data lies at ``starts``; returns its tensors."""
+        if len(self._inputs) != len(arrays):
+            self._inputs = [_Argument(array, start) for array, start in zip(arrays, starts, strict=True)]
+            self._arguments, _ = ffi.pack([*(i.ref for i in self._inputs), *self._weights, *self._clock])
+        else:
+            for i, argument in enumerate(self._inputs):
+                if not argument.move(arrays[i], starts[i]):
+                    self._inputs[i] = _Argument(arrays[i], starts[i])
+                    self._arguments[i].content = self._inputs[i].ref.address
         result = ffi.invoke(self._entry, self._arguments)
         if not isinstance(result, ffi.Ref):
             raise OptcError(f"the compiled code returned {result!r} instead of tensors")
@@ -208,8 +236,10 @@ class Machine:
 class Executor:
     """Runs calls of one model from any number of threads."""
 
-    def __init__(self, code: Code, weights: Sequence[ffi.Ref], keep: object, *, allocator: int, threads: int) -> None:
-        self._pool = _Pool(code, weights, keep, allocator, threads)
+    def __init__(
+        self, code: Code, weights: Sequence[ffi.Ref], keep: object, *, clock: bool, allocator: int, threads: int
+    ) -> None:
+        self._pool = _Pool(code, weights, keep, clock, allocator, threads)
         _pools.add(self._pool)
         weakref.finalize(self, self._pool.close)
 
@@ -222,9 +252,9 @@ class Executor:
     def threads(self, count: int) -> None:
         self._pool.set_threads(count)
 
-    def run(self, inputs: Sequence[ffi.Ref], keep: object) -> list[ffi.Ref]:
-        """Run one call and return its outputs; ``keep`` owns the memory of ``inputs``."""
-        return self._pool.take().run(inputs, keep)
+    def run(self, arrays: Sequence[Array], starts: Sequence[int]) -> list[ffi.Ref]:
+        """Run one call on arrays whose data lies at ``starts`` and return its outputs."""
+        return self._pool.take().run(arrays, starts)
 
     def call_on_new_machine(self, function: Callable[[Machine], None]) -> None:
         """Call ``function`` with a machine of its own on a thread configured like those of other calls."""

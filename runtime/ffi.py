@@ -103,6 +103,11 @@ class Ref:
         """The index of the object's type."""
         return ctypes.c_int32.from_address(self.address + 8).value
 
+    @property
+    def holders(self) -> int:
+        """How many references to the object there are."""
+        return ctypes.c_uint32.from_address(self.address).value
+
     def tensor(self) -> DLTensor:
         """Return the tensor's fields, valid as long as the reference; raises OptcError for another object."""
         if self.type_index != TENSOR:
@@ -263,25 +268,6 @@ def view(address: int, code: int, bits: int, shape: Sequence[int]) -> Ref:
     handle = ctypes.c_void_p()
     owner = _view_owner()
     check(library().TVMFFITensorCreateUnsafeView(owner.address, ctypes.byref(prototype), ctypes.byref(handle)))
-    assert handle.value
-    return Ref(handle.value)
-
-
-def text_of(value: Value) -> str:
-    """Return a string argument of a callback."""
-    if value.type_index == RAW_STR:
-        return ctypes.string_at(value.content).decode(errors="replace")
-    if value.type_index == SMALL_STR:
-        return int.to_bytes(value.content, 8, "little", signed=True)[: value.small_size].decode()
-    if value.type_index == STR:
-        return _Bytes.from_address(value.content + HEADER).text()
-    raise OptcError(f"expected a string from TVM's runtime, got type {value.type_index}")
-
-
-def make_function(callback: ctypes._CFunctionType) -> Ref:
-    """Return a function object that calls ``callback`` (a SAFE_CALL), which the caller keeps alive."""
-    handle = ctypes.c_void_p()
-    check(library().TVMFFIFunctionCreate(None, callback, None, ctypes.byref(handle)))
     assert handle.value
     return Ref(handle.value)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from optc.errors import ArtifactError, NewerFormatError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MANIFEST = "manifest.json"
 CODE = "code/model.so"
@@ -97,7 +97,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of manifest.json. The function ``entry`` takes the inputs, then the weights, in order."""
+    """All of manifest.json. The function ``entry`` takes the inputs, then the weights, in order.
+
+    With ``calls``, the names of kernels, it takes a clock last: an int64 tensor with two elements for each call of a
+    kernel, nanoseconds and count, that the calls add to, or an empty one. The data of inputs starts at multiples of
+    ``alignment`` bytes and of their elements' size.
+    """
 
     producer: dict[str, str]
     target: Target
@@ -108,6 +113,8 @@ class Manifest:
     files: dict[str, FileSpec]
     memory: dict[str, int]
     metadata: dict[str, str] = field(default_factory=dict)
+    calls: tuple[str, ...] | None = None
+    alignment: int = WEIGHT_ALIGNMENT
     format: int = FORMAT_VERSION
 
     def to_json(self) -> bytes:
@@ -179,6 +186,8 @@ def parse_manifest(data: bytes) -> Manifest:
         files=_dict(root["files"], "files", _file),
         memory=_dict(root["memory"], "memory", _size),
         metadata=_dict(root["metadata"], "metadata", _text),
+        calls=None if root["calls"] is None else _tuple(root["calls"], "calls", _name),
+        alignment=_positive(root["alignment"], "alignment"),
     )
     _check(manifest)
     return manifest

@@ -18,25 +18,47 @@ Array = NDArray[Any]
 _KINDS = "biuf"  # what Python numbers may become: bool, int, uint, float; later kinds hold earlier ones
 
 
-def prepare(specs: Sequence[TensorSpec], given: Mapping[str, object]) -> list[Array]:
-    """Return the inputs in the order of ``specs``: right dtype and shape, C order, 64-byte aligned.
+class Inputs:
+    """The inputs of a model."""
 
-    Arrays and DLPack tensors of the right dtype are used in place if they are aligned and contiguous, else
-    copied. Python numbers and (nested) lists of them are converted where the dtype can hold them.
-    Raises InputError for a missing or unknown name, a wrong dtype, rank or dim, or dims that contradict.
-    """
-    expected = {spec.name for spec in specs}
-    missing = [spec.name for spec in specs if spec.name not in given]
-    unknown = [name for name in given if name not in expected]
-    if missing or unknown:
-        problem = [f"missing input {name!r}" for name in missing] + [f"unknown input {name!r}" for name in unknown]
-        raise InputError("; ".join(problem), hint=f"the model takes {'; '.join(map(str, specs)) or 'no inputs'}")
-    arrays, bound = [], dict[str, tuple[int, str]]()
-    for spec in specs:
-        array = _to_array(given[spec.name], spec)
-        _check_shape(array.shape, spec, bound)
-        arrays.append(_aligned(array))
-    return arrays
+    def __init__(self, specs: Sequence[TensorSpec], alignment: int) -> None:
+        self._specs = tuple(specs)
+        self._alignment = alignment
+        self._expected = []
+        for spec in specs:
+            dtype = numpy_dtype(spec.dtype)
+            fixed = None if any(isinstance(dim, str) for dim in spec.shape) else spec.shape
+            self._expected.append((spec, dtype, fixed, max(alignment, dtype.itemsize)))
+
+    def prepare(self, given: Mapping[str, object]) -> tuple[list[Array], list[int]]:
+        """Return the inputs in their order (right dtype and shape, C order, aligned) and where their data starts.
+
+        Arrays and DLPack tensors of the right dtype are used in place if they are aligned and contiguous, else
+        copied. Python numbers and (nested) lists of them are converted where the dtype can hold them.
+        Raises InputError for a missing or unknown name, a wrong dtype, rank or dim, or dims that contradict.
+        """
+        if len(given) != len(self._specs) or any(spec.name not in given for spec in self._specs):
+            self._explain_names(given)
+        arrays, starts, bound = [], [], dict[str, tuple[int, int, str]]()
+        for spec, dtype, fixed, alignment in self._expected:
+            value = given[spec.name]
+            array = value if type(value) is np.ndarray and value.dtype is dtype else _to_array(value, spec, dtype)
+            if array.shape != fixed:
+                _check_shape(array.shape, spec, bound)
+            start = address(array)
+            if start % alignment or not array.flags.c_contiguous:
+                array = _copy(array)
+                start = address(array)
+            arrays.append(array)
+            starts.append(start)
+        return arrays, starts
+
+    def _explain_names(self, given: Mapping[str, object]) -> None:
+        expected = {spec.name for spec in self._specs}
+        problem = [f"missing input {name!r}" for name in expected - given.keys()]
+        problem += [f"unknown input {name!r}" for name in given if name not in expected]
+        wanted = "; ".join(map(str, self._specs)) or "no inputs"
+        raise InputError("; ".join(problem), hint=f"the model takes {wanted}")
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -52,16 +74,13 @@ def address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _aligned(array: Array) -> Array:
-    if array.flags.c_contiguous and address(array) % WEIGHT_ALIGNMENT == 0:
-        return array
+def _copy(array: Array) -> Array:
     copy = aligned_empty(array.shape, array.dtype)
     copy[...] = array
     return copy
 
 
-def _to_array(value: object, spec: TensorSpec) -> Array:
-    wanted = numpy_dtype(spec.dtype)
+def _to_array(value: object, spec: TensorSpec, wanted: np.dtype[Any]) -> Array:
     if isinstance(value, np.ndarray | np.generic):
         array = np.asarray(value)
     elif hasattr(value, "__dlpack__"):
@@ -110,23 +129,31 @@ def _from_python(value: object, spec: TensorSpec, wanted: np.dtype[Any]) -> Arra
     return converted
 
 
-def _check_shape(shape: tuple[int, ...], spec: TensorSpec, bound: dict[str, tuple[int, str]]) -> None:
-    """Check ``shape``; named dims are collected in ``bound`` with the place that set them."""
-    wanted = f"({', '.join(map(str, spec.shape))})"
-    start = f"input {spec.name!r} has shape {shape}; the model takes {wanted}"
+def _check_shape(shape: tuple[int, ...], spec: TensorSpec, bound: dict[str, tuple[int, int, str]]) -> None:
+    """Check ``shape``; named dims are collected in ``bound`` with the axis and the input that set them."""
     if len(shape) != len(spec.shape):
         hint = f"it needs {len(spec.shape)} dims, not {len(shape)}"
         if len(spec.shape) == len(shape) + 1:
             hint += "; a batch of one is array[None]"
-        raise InputError(start, hint=hint)
+        raise InputError(_mismatch(shape, spec), hint=hint)
     for axis, (size, dim) in enumerate(zip(shape, spec.shape, strict=True)):
         if isinstance(dim, int):
             if size != dim:
-                raise InputError(f"{start}: dim {axis} is {size} instead of {dim}", hint=f"pass {wanted}")
+                hint = f"pass {_dims(spec)}"
+                raise InputError(f"{_mismatch(shape, spec)}: dim {axis} is {size} instead of {dim}", hint=hint)
         elif dim.isidentifier():  # expressions of several dims are checked by the compiled code
-            known, place = bound.setdefault(dim, (size, f"dim {axis} of input {spec.name!r}"))
-            if known != size:
+            known = bound.setdefault(dim, (size, axis, spec.name))
+            if known[0] != size:
+                place = f"dim {known[1]} of input {known[2]!r}"
                 raise InputError(
-                    f"{start}: {dim!r} is {size} at dim {axis}, but {known} at {place}",
+                    f"{_mismatch(shape, spec)}: {dim!r} is {size} at dim {axis}, but {known[0]} at {place}",
                     hint=f"every {dim!r} must have the same size in one call",
                 )
+
+
+def _dims(spec: TensorSpec) -> str:
+    return f"({', '.join(map(str, spec.shape))})"
+
+
+def _mismatch(shape: tuple[int, ...], spec: TensorSpec) -> str:
+    return f"input {spec.name!r} has shape {shape}; the model takes {_dims(spec)}"

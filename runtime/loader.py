@@ -76,6 +76,7 @@ def load_descriptor(fd: int, *, verify: Verify = "full", threads: int | None = N
         code,
         views,
         weights,
+        clock=manifest.calls is not None,
         allocator=_allocator(manifest),
         threads=manifest.target.threads or default_threads(),
     )

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from optc.errors import InputError, OptcError, UsageError
 from optc.runtime import ffi
-from optc.runtime.dlpack import DLPackTensor
-from optc.runtime.dtypes import dlpack_type
+from optc.runtime.dlpack import DLPackTensor, contiguous
+from optc.runtime.dtypes import numpy_dtype
 from optc.runtime.executor import Executor, Machine
 from optc.runtime.format import Manifest, TensorSpec
-from optc.runtime.inputs import address, prepare
+from optc.runtime.inputs import Inputs
 
 _MAX_THREADS = 1024
+
+Output = tuple[ffi.Ref, int, tuple[int, ...]]
+"""A tensor, where its data starts, and its shape."""
 
 
 @dataclass(frozen=True)
 class KernelTime:
-    """Time spent in one function of the compiled code during a profiled run, its callees excluded."""
+    """Time spent in the calls of one kernel during a profiled run."""
 
     name: str
     calls: int
@@ -36,6 +41,8 @@ class Model:
 
     def __init__(self, manifest: Manifest, report: bytes, executor: Executor, weights: tuple[int, int]) -> None:
         self._manifest = manifest
+        self._inputs = Inputs(manifest.inputs, manifest.alignment)
+        self._dtypes = [(spec.name, numpy_dtype(spec.dtype)) for spec in manifest.outputs]
         self._report = report
         self._executor = executor
         self._weights = weights  # where the weights start and end
@@ -81,22 +88,26 @@ class Model:
         """Run the model on inputs by name and return its outputs by name.
 
         Inputs are NumPy arrays or DLPack tensors (``torch.Tensor``) of the exact dtype, or Python numbers and
-        lists. They are read in place if contiguous and 64-byte aligned; nothing may change them meanwhile.
-        Outputs own their memory. Raises InputError if the inputs do not fit, OptcError if the code fails.
+        lists. They are read in place if contiguous and aligned as the manifest says; nothing may change them
+        meanwhile. Outputs own their memory. Raises InputError if the inputs do not fit, OptcError if the code fails.
         """
-        return {name: tensor.numpy() for name, tensor in self.run_dlpack(inputs).items()}
+        found = zip(self._dtypes, self._run(inputs), strict=True)
+        return {name: contiguous(ref, start, shape, dtype) for (name, dtype), (ref, start, shape) in found}
 
     def run_dlpack(self, inputs: Mapping[str, object]) -> dict[str, DLPackTensor]:
         """Like ``run``; returns DLPack tensors, for consumers such as ``torch.from_dlpack``."""
-        arrays = prepare(self._manifest.inputs, inputs)
+        found = zip(self._dtypes, self._run(inputs), strict=True)
+        return {name: DLPackTensor(ref) for (name, _), (ref, *_) in found}
+
+    def _run(self, inputs: Mapping[str, object]) -> list[Output]:
+        arrays, starts = self._inputs.prepare(inputs)
         try:
-            outputs = self._executor.run(self._views(arrays), arrays)
+            outputs = self._executor.run(arrays, starts)
         except ffi.TvmError as error:
             raise self._explain(error, arrays) from error
-        if len(outputs) != len(self._manifest.outputs):
-            raise OptcError(f"the code returned {len(outputs)} outputs instead of {len(self._manifest.outputs)}")
-        outputs = self._own(outputs, arrays)
-        return {spec.name: DLPackTensor(ref) for spec, ref in zip(self._manifest.outputs, outputs, strict=True)}
+        if len(outputs) != len(self._dtypes):
+            raise OptcError(f"the code returned {len(outputs)} outputs instead of {len(self._dtypes)}")
+        return self._own(outputs, arrays, starts)
 
     def __call__(self, *inputs: object) -> NDArray[Any] | tuple[NDArray[Any], ...]:
         """Run on inputs by position; returns the output, or a tuple if the model has several (or none)."""
@@ -110,42 +121,53 @@ class Model:
         return results[0] if len(results) == 1 else results
 
     def profile(self, inputs: Mapping[str, object], *, repeat: int = 1) -> list[KernelTime]:
-        """Run ``repeat`` times after one warm-up; return the time per function and run, the slowest first."""
-        arrays = prepare(self._manifest.inputs, inputs)
-        views = self._views(arrays)
-        clock = _Clock()
+        """Run ``repeat`` times after one warm-up; return the time per kernel and run, the slowest first.
+
+        What is not spent in kernels is called "between kernels".
+        """
+        calls = self._manifest.calls
+        if calls is None:
+            raise UsageError("this artifact cannot be profiled: its code has no clock")
+        arrays, starts = self._inputs.prepare(inputs)
+        clock = np.zeros((len(calls), 2), np.int64)
+        elapsed = 0
 
         def measure(machine: Machine) -> None:
-            machine.run(views)
-            machine.instrument(clock.function)
+            nonlocal elapsed
+            machine.run(arrays, starts)
+            machine.measure(clock)
+            start = time.perf_counter_ns()
             for _ in range(repeat):
-                machine.run(views)
+                machine.run(arrays, starts)
+            elapsed = time.perf_counter_ns() - start
 
         self._executor.call_on_new_machine(measure)
-        times = [
-            KernelTime(name, calls // repeat, total / repeat / 1e9) for name, (calls, total) in clock.totals.items()
-        ]
+        totals: dict[str, list[int]] = {"between kernels": [elapsed - int(clock[:, 0].sum()), repeat]}
+        for name, (nanoseconds, count) in zip(calls, clock.tolist(), strict=True):
+            total = totals.setdefault(name, [0, 0])
+            total[0] += nanoseconds
+            total[1] += count
+        times = [KernelTime(name, count // repeat, ns / repeat / 1e9) for name, (ns, count) in totals.items() if count]
         return sorted(times, key=lambda time: -time.seconds)
 
-    def _views(self, arrays: Sequence[NDArray[Any]]) -> list[ffi.Ref]:
-        return [
-            ffi.view(address(array), *dlpack_type(spec.dtype), array.shape)
-            for spec, array in zip(self._manifest.inputs, arrays, strict=True)
-        ]
-
-    def _own(self, outputs: Sequence[ffi.Ref], arrays: Sequence[NDArray[Any]]) -> list[ffi.Ref]:
+    def _own(self, outputs: Sequence[ffi.Ref], arrays: Sequence[NDArray[Any]], starts: Sequence[int]) -> list[Output]:
         """Copy outputs that lie in an input, a weight, a constant or another output."""
-        taken = [self._weights, *((address(array), address(array) + array.nbytes) for array in arrays)]
-        owned = []
-        for ref in outputs:
-            start, size = _extent(ref.tensor())
+        taken = [self._weights, *((start, start + a.nbytes) for start, a in zip(starts, arrays, strict=True))]
+        owned: list[Output] = []
+        for ref, (_, dtype) in zip(outputs, self._dtypes, strict=True):
+            tensor = ref.tensor()
+            shape = tuple(tensor.shape[: tensor.ndim])
+            start, size = (tensor.data or 0) + tensor.byte_offset, math.prod(shape) * dtype.itemsize
+            if tensor.bits * tensor.lanes != dtype.itemsize * 8:
+                raise OptcError(f"the code returned elements of {tensor.bits} bits instead of {dtype.name}")
             # A fresh output is held by us and by the machine's last result; more holders share it.
-            holders = ctypes.c_uint32.from_address(ref.address).value
-            if size and (holders > 2 or any(start < end and begin < start + size for begin, end in taken)):
-                owned.append(_copy(ref))
+            if size and (ref.holders > 2 or any(start < end and begin < start + size for begin, end in taken)):
+                ref, source = ffi.empty(tensor.code, tensor.bits, shape), start
+                start = ref.tensor().data or 0
+                ctypes.memmove(start, source, size)
             else:
-                owned.append(ref)
                 taken.append((start, start + size))
+            owned.append((ref, start, shape))
         return owned
 
     def _explain(self, error: ffi.TvmError, arrays: Sequence[NDArray[Any]]) -> OptcError:
@@ -158,43 +180,3 @@ class Model:
             f"the compiled code failed for inputs {given or '(none)'}: {error.message}",
             hint="check that these sizes are legal for the model",
         )
-
-
-def _extent(tensor: ffi.DLTensor) -> tuple[int, int]:
-    size = tensor.bits * tensor.lanes // 8
-    for dim in tensor.shape[: tensor.ndim]:
-        size *= dim
-    return (tensor.data or 0) + tensor.byte_offset, size
-
-
-def _copy(ref: ffi.Ref) -> ffi.Ref:
-    """Return a copy of a contiguous tensor in memory of its own."""
-    tensor = ref.tensor()
-    copy = ffi.empty(tensor.code, tensor.bits, tensor.shape[: tensor.ndim])
-    start, size = _extent(tensor)
-    ctypes.memmove(copy.tensor().data, start, size)
-    return copy
-
-
-class _Clock:
-    """Sums up the time between the callbacks before and after each call of the virtual machine."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, tuple[int, int]] = {}
-        self._open: list[list[int]] = []  # start, time in callees
-        self._callback = ffi.SAFE_CALL(self._call)
-        self.function = ffi.make_function(self._callback)
-
-    def _call(self, _handle: int, args: Any, _count: int, _result: Any) -> int:
-        now = time.perf_counter_ns()
-        if args[2].content & 1:
-            self._open.append([time.perf_counter_ns(), 0])
-            return 0
-        start, inner = self._open.pop()
-        elapsed = now - start
-        if self._open:
-            self._open[-1][1] += elapsed
-        name = ffi.text_of(args[1])
-        calls, total = self.totals.get(name, (0, 0))
-        self.totals[name] = (calls + 1, total + elapsed - inner)
-        return 0

@@ -15,8 +15,10 @@ from tvm import relax, tirx
 from optc.backends.base import Build, Target
 from optc.backends.cpu import memory
 from optc.backends.cpu.link import link
+from optc.backends.cpu.segments import outline
 from optc.backends.cpu.shape_functions import order_shape_functions
 from optc.backends.cpu.target import to_tvm
+from optc.backends.cpu.tir_pipeline import NAME as TIR_PIPELINE
 from optc.backends.kernels import schedule
 from optc.backends.kernels.name_dims import name_dims
 from optc.backends.lowering import TABLE
@@ -63,11 +65,15 @@ class CpuBackend:
         """Compile ``model`` to a shared library."""
         scheduled = self.schedule(model)
         self.progress("generating code")
-        executable, activations = generate(scheduled.relax, self.target)
+        generated = generate(scheduled.relax, self.target)
         self.progress("linking")
-        code = _shared_library(executable, self.target)
-        kernels = [kernel.describe() for kernel in scheduled.kernels]
-        return Build(code, scheduled.lowered.weights, activations, kernels)
+        return Build(
+            code=_shared_library(generated.executable, self.target),
+            weights=scheduled.lowered.weights,
+            activation_bytes=generated.activation_bytes,
+            kernels=[kernel.describe() for kernel in scheduled.kernels],
+            calls=generated.calls,
+        )
 
 
 def _fuse(module: Any) -> Any:
@@ -94,21 +100,29 @@ def _to_dataflow() -> list[Any]:
     return [convert, *(p for p in canonicalize.passes if p.info.name != "CanonicalizeTIRVariables")]
 
 
-def generate(module: Any, target: Target) -> tuple[Any, int | None]:
-    """Generate code for a scheduled module; returns the executable and the planned activation bytes.
+@dataclass
+class Generated:
+    """Code for the virtual machine; ``main`` takes inputs, weights and the clock of ``calls`` (``segments.py``).
 
-    The bytes are None when symbolic sizes leave them open.
+    The bytes of activations are None when symbolic sizes leave them open.
     """
+
+    executable: Any
+    activation_bytes: int | None
+    calls: list[str]
+
+
+def generate(module: Any, target: Target) -> Generated:
+    """Generate code for a scheduled module."""
     transform = relax.transform
     tvm_target = to_tvm(target)
-    plan = tvm.transform.Sequential(
+    flatten = tvm.transform.Sequential(
         [
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
-            transform.CallTIRRewrite(),
-            transform.StaticPlanBlockMemory(),
         ]
     )
+    plan = tvm.transform.Sequential([transform.CallTIRRewrite(), transform.StaticPlanBlockMemory()])
     finish = tvm.transform.Sequential(
         [
             transform.LowerAllocTensor(),
@@ -121,9 +135,10 @@ def generate(module: Any, target: Target) -> tuple[Any, int | None]:
         ]
     )
     with tvm_target:
-        planned = plan(module)
-        executable = tvm.compile(planned, target=tvm_target, relax_pipeline=finish)
-    return executable, memory.planned_bytes(planned)
+        outlined = outline(flatten(module))
+        planned = plan(outlined.module)
+        executable = tvm.compile(planned, target=tvm_target, relax_pipeline=finish, tir_pipeline=TIR_PIPELINE)
+    return Generated(executable, memory.planned_bytes(planned, outlined.blocks), outlined.calls)
 
 
 def _shared_library(executable: Any, target: Target) -> bytes:

@@ -13,7 +13,15 @@ from pathlib import Path
 from optc.backends.base import Target
 from optc.errors import MissingDependencyError, OptcError
 
-_FLAGS = ["-shared", "-fPIC", "-nostdlib", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,--strip-debug"]
+_FLAGS = [
+    "-shared",
+    "-fPIC",
+    "-nostdlib",
+    "-Wl,-Bsymbolic",
+    "-Wl,--build-id=none",
+    "-Wl,-z,noexecstack",
+    "-Wl,--strip-debug",
+]
 
 
 def linker(target: Target) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import relax, tirx
 
 
-def planned_bytes(module: Any) -> int | None:
-    """Return the bytes of all planned buffers of ``main``, or None if one of them has a symbolic size."""
-    sizes: list[int | None] = []
+def planned_bytes(module: Any, blocks: Sequence[int | None]) -> int | None:
+    """Return the bytes of all planned buffers of ``main`` and the largest of its segments' ``blocks``.
+
+    None if one of them has a symbolic size.
+    """
+    sizes: list[int | None] = [None if None in blocks else max((b for b in blocks if b is not None), default=0)]
 
     def visit(node: Any) -> None:
         if not isinstance(node, relax.Call) or not hasattr(node.op, "name"):

@@ -68,8 +68,8 @@ def test_item_sizes_are_those_of_numpy():
 
 
 def test_newer_version():
-    root = json.loads(MANIFEST.to_json()) | {"format": 2, "something": "new"}
-    with pytest.raises(NewerFormatError, match="format version 2; this optc reads up to 1"):
+    root = json.loads(MANIFEST.to_json()) | {"format": 3, "something": "new"}
+    with pytest.raises(NewerFormatError, match="format version 3; this optc reads up to 2"):
         parse_manifest(json.dumps(root).encode())
 
 

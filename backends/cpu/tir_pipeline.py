@@ -1,0 +1,63 @@
+"""TVM's pipeline from TIR to LLVM for kernels, and a short one for the functions that call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.s_tir.pipeline import default_s_tir_pipeline
+from tvm.tirx.compilation_pipeline import register_tir_pipeline
+
+DIRECT = "calling_conv"
+"""Attribute of kernels that are called directly: TVM gives no packed interface to functions that have one.
+
+They are visible outside, although nobody calls them there, because LLVM takes long over the function it gets when it
+inlines all kernels into their only caller, and because a profiler shows their names.
+"""
+SEGMENT = "optc.segment"
+"""Attribute of the functions that call kernels directly. They are straight code: most passes have no work there, but
+take seconds to find that out."""
+NAME = "optc"
+
+
+def _pipeline() -> tuple[Any, Any, Any]:
+    lower, finish_host, finish_device = default_s_tir_pipeline()
+    transform = tirx.transform
+    straight = tvm.transform.Sequential(
+        [
+            transform.FlattenBuffer(),
+            transform.StmtSimplify(),
+            transform.MakePackedAPI(),
+            transform.FP8StorageLegalize(),
+            transform.BF16StorageLegalize(),
+        ]
+    )
+
+    @tvm.transform.module_pass(opt_level=0, name="LowerKernelsAndSegments")  # type: ignore[untyped-decorator]
+    def both(module: Any, _context: Any) -> Any:
+        kernels = lower(transform.Filter(lambda f: not _has(f, SEGMENT))(module))
+        kernels.update(straight(transform.Filter(lambda f: _has(f, SEGMENT))(module)))
+        return kernels
+
+    return both, lambda: tvm.transform.Sequential([_place_scratch, finish_host()]), finish_device
+
+
+def _has(function: Any, attribute: str) -> bool:
+    return bool((function.attrs or {}).get(attribute))
+
+
+@tvm.transform.module_pass(opt_level=0, name="PlaceScratch")  # type: ignore[untyped-decorator]
+def _place_scratch(module: Any, _context: Any) -> Any:
+    """Say where direct functions allocate scratch buffers; TVM says so only for those with a packed interface."""
+    default = tvm.ir.StringImm("default")
+    for var, function in module.functions.items():
+        if isinstance(function, tirx.PrimFunc) and _has(function, DIRECT):
+            body = function.body
+            for key, value in (("device_type", 1), ("device_id", 0)):
+                body = tirx.AttrStmt(default, key, tirx.IntImm("int32", value), body)
+            module.update_func(var, function.with_body(body))
+    return module
+
+
+register_tir_pipeline(NAME, _pipeline)
