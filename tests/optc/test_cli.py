@@ -43,7 +43,7 @@ def test_compile_run_inspect(mlp, tmp_path):
     assert np.load(tmp_path / "y.npz")["y"].shape == (2, 4)
     shown = json.loads(run("run", out, "-i", "random:1", "--threads", "1", "--json").stdout)
     assert shown["outputs"]["y"]["dtype"] == "float32"
-    assert json.loads(run("inspect", out, "--json").stdout)["manifest"]["format"] == 1
+    assert json.loads(run("inspect", out, "--json").stdout)["manifest"]["format"] == 2
     assert "x: float32[" in run("inspect", out).stdout
     assert "MatMul" in run("inspect", mlp).stdout
 
