@@ -116,11 +116,13 @@ def conv(
     dilations: Sequence[int],
     before: Sequence[int],
     out: Sequence[Any],
+    magnitude: int,
 ) -> Any:
     """Convolve ``x [N, H, W, C]`` with filters of ``pack_filters``, stacked over groups: ``[N, *out, M]`` in int32.
 
     With ``groups`` > 1 the result is ``[N, *out, G, M/G]``. ``centre`` subtracts the zero point from an int32 value;
-    what lies outside of the image counts as 0 after that.
+    what lies outside of the image counts as 0 after that. ``magnitude`` is the largest sum of the magnitudes of the
+    weights of one output, 0 if they have more than 8 bits.
     """
     height, width = x.shape[1:3]
     depth = int(x.shape[3]) // groups
@@ -145,6 +147,7 @@ def conv(
         "dilations": dilations,
         "before": before,
         "merged": [int(one_run)],
+        "magnitude": [magnitude],
     }
     shape = [*out, groups, maps // groups] if groups > 1 else [*out, maps]
     return te.compute((x.shape[0], *shape), element, "product", attrs=annotate([1, 2], packed=True, **geometry))

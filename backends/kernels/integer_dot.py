@@ -8,6 +8,8 @@ from typing import Any
 from tvm import tirx
 
 from optc.backends.base import Target
+from optc.backends.kernels import loops
+from optc.backends.kernels.loops import load, store
 
 _PMADDWD = {128: "llvm.x86.sse2.pmadd.wd", 256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}
 
@@ -39,3 +41,17 @@ def choose(target: Target) -> Dot:
         return Dot(_PMADDWD[bits], 2, bits // 32)
     # Widening multiply-add of 16-bit lanes, which LLVM finds by itself (smlal on Arm).
     return Dot("widen", 1, max(1, target.vector_bits // 32))
+
+
+def vector_at(buffer: Any, position: Any, lanes: int) -> Any:
+    """Return the load of ``lanes`` neighbours."""
+    if lanes == 1:
+        return load(buffer, position)
+    return tirx.BufferLoad(buffer, [tirx.Ramp(loops.index(position), loops.index(1), lanes)])
+
+
+def put(buffer: Any, position: Any, lanes: int, value: Any) -> Any:
+    """Return the store of ``lanes`` neighbours."""
+    if lanes == 1:
+        return store(buffer, position, value)
+    return tirx.BufferStore(buffer, value, [tirx.Ramp(loops.index(position), loops.index(1), lanes)])

@@ -67,6 +67,11 @@ def spans(reader: Reader, extent: Any, lanes: int, element: Any) -> Any:
     return sequence(whole, loop("rest", rest, lambda j: element(vectors * lanes + j)))
 
 
+def _apart(pitch: Any) -> Any:
+    """Return a distance of at least ``pitch`` int16 at which rows do not fall into the same few sets of the cache."""
+    return pitch + 32 if static(pitch) is not None and pitch % 256 == 0 else pitch
+
+
 class MatrixRows:
     """Rows of a matrix: one run each."""
 
@@ -82,7 +87,7 @@ class MatrixRows:
             self.chunks, self.chunk = reader.size(loops.ceildiv(self.k, PANEL_DEPTH)), PANEL_DEPTH
         else:
             self.chunks, self.chunk = split_depth(depth)
-        self.pitch = self.chunks * self.chunk
+        self.pitch = _apart(self.chunks * self.chunk)
         fit = max(_LEAST_ROWS, STRIP_BYTES // (2 * (static(self.pitch) or PANEL_DEPTH)))
         rows = static(self.total)
         # Strips of equal height.
@@ -140,6 +145,8 @@ class WindowRows:
         self.channel = fused.reduced.variables[-1]
         self.c = int(fused.reduced.extents[-1])
         self.h, self.w = (reader.size(e) for e in self.image.source.shape[1:3])
+        # Pixels of wider windows have to be neighbours.
+        self.pitch = _apart(self.c) if self.kernel[1] == 1 else self.c
         self.whole_pixels = static(self.image.source.shape[-1]) == self.c
         self.lines, self.columns = axes.extents
         # A window of one line or pixel skips what lies between: only what is read gets widened.
@@ -171,16 +178,20 @@ class WindowRows:
     def allocate(self) -> tuple[Any, Any]:
         """Return the scratch buffer of a strip and its allocation: the last run may read beyond its window."""
         lines = (self.block - 1) * self.strides[0] + self.reach[0] + 1
-        return loops.scratch("rows", lines * self.width * self.c + DEPTH_BLOCK * self.chunks, "int16")
+        return loops.scratch("rows", lines * self.width * self.pitch + DEPTH_BLOCK * self.chunks, "int16")
 
     def widen(self, places: dict[Any, Any], s: Any, rows: Any) -> Any:
         """Return the statement that fills the buffer: lines of the image with their padding."""
         here = loops.smaller(self.block, self.lines - s * self.block)
         count = (here - 1) * self.strides[0] + self.reach[0] + 1
+        return self.fill(places, s * self.block * self.strides[0], count, rows)
+
+    def fill(self, places: dict[Any, Any], first: Any, count: Any, rows: Any) -> Any:
+        """Return the statement that widens ``count`` lines of the padded image from line ``first``."""
 
         def line(i: Any) -> Any:
-            h = (s * self.block * self.strides[0] + i) * self.skip[0] - self.before[0]
-            start = i * self.width * self.c
+            h = (first + i) * self.skip[0] - self.before[0]
+            start = i * self.width * self.pitch
             return bind("h", h, lambda h: bind("start", start, lambda start: self._line(places, h, start, rows)))
 
         return loop("line", count, line)
@@ -196,17 +207,17 @@ class WindowRows:
         zero = tirx.const(0, "int16")
 
         def clear(begin: Any, end: Any) -> Any:
-            size = (end - begin) * self.c
-            return spans(self.reader, size, self.lanes, lambda j: store(rows, start + begin * self.c + j, zero))
+            size = (end - begin) * self.pitch
+            return spans(self.reader, size, self.lanes, lambda j: store(rows, start + begin * self.pitch + j, zero))
 
         def pixels() -> Any:
-            if self.whole_pixels and self.skip[1] == 1:
-                return self._copy(places, h, loops.index(0), (stop - first) * self.c, start + first * self.c, rows)
+            if self.whole_pixels and self.skip[1] == 1 and self.pitch == self.c:
+                return self._copy(places, h, loops.index(0), (stop - first) * self.c, start + first * self.pitch, rows)
             return loop(
                 "x",
                 stop - first,
                 lambda x: self._copy(
-                    places, h, (first + x) * self.skip[1] - left, self.c, start + (first + x) * self.c, rows
+                    places, h, (first + x) * self.skip[1] - left, self.c, start + (first + x) * self.pitch, rows
                 ),
             )
 
@@ -235,14 +246,14 @@ class WindowRows:
     def base(self, r: Any) -> Any:
         """Return where row ``r`` of the strip begins in the buffer."""
         r = loops.smaller(r, self.height - 1)
-        step = self.strides[1] * self.c
+        step = self.strides[1] * self.pitch
         if self.strides == [1, 1] and self.reach[1] == 0:
             return r * step
-        return r // self.columns * (self.strides[0] * self.width * self.c) + r % self.columns * step
+        return r // self.columns * (self.strides[0] * self.width * self.pitch) + r % self.columns * step
 
     def offset(self, tap: Any) -> Any:
         """Return where run ``tap`` of a row begins, from the base."""
         if self.merged:
-            return tap * (self.dilations[0] * self.width * self.c)
+            return tap * (self.dilations[0] * self.width * self.pitch)
         y, x = tap // self.kernel[1], tap % self.kernel[1]
-        return (y * (self.dilations[0] * self.width) + x * self.dilations[1]) * self.c
+        return (y * (self.dilations[0] * self.width) + x * self.dilations[1]) * self.pitch

@@ -24,7 +24,9 @@ from optc.backends.kernels import integer_dot, loops
 from optc.backends.kernels.contraction import COLUMN_BLOCK
 from optc.backends.kernels.fused import Axes, Fused, Reader, take_apart
 from optc.backends.kernels.integer_contraction import DEPTH_BLOCK, PANEL_DEPTH, TEMPLATE
+from optc.backends.kernels.integer_dot import put, vector_at
 from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, spans, tile_rows
+from optc.backends.kernels.integer_winograd import Winograd, choose
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
 _ACCUMULATORS = 12
@@ -80,6 +82,13 @@ class _Generator:
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
+        if isinstance(self.rows, WindowRows) and self.dot.group == 2 and len(self.batch.variables) == 1:
+            transform = choose(self.reader.fused, self.rows, static(self.n))
+            if transform is not None:
+                (packed,) = loops.loads(self.column_operand)
+                return Winograd(
+                    self.reader, self.dot, self.rows, transform, self.columns, self.batch, packed
+                ).function()
         # At least two tasks, for two threads.
         alone = (static(self.rows.strips) or 1) * (static(self.b) or 1) == 1
         parts = 2 if alone and (static(self.tiles) or 2) > 1 else 1
@@ -211,9 +220,9 @@ class _Generator:
 
             def step(k: Any, offset: Any, origin: Any) -> Any:
                 def update(i: int, v: int) -> Any:
-                    left = _vector(rows, bases[i] + offset + k * group, group)
-                    right = _vector(panel, origin + (k * nr + v) * group, lanes * group)
-                    return _put(acc, i * nr + v, lanes, self.dot.add(_vector(acc, i * nr + v, lanes), left, right))
+                    left = vector_at(rows, bases[i] + offset + k * group, group)
+                    right = vector_at(panel, origin + (k * nr + v) * group, lanes * group)
+                    return put(acc, i * nr + v, lanes, self.dot.add(vector_at(acc, i * nr + v, lanes), left, right))
 
                 return sequence(*(update(i, v) for i, v in vectors))
 
@@ -224,7 +233,7 @@ class _Generator:
 
         if keep is None:
             zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
-            begin = sequence(*(_put(acc, i * nr + v, lanes, zero) for i, v in vectors))
+            begin = sequence(*(put(acc, i * nr + v, lanes, zero) for i, v in vectors))
         else:
             begin = self._copy(keep[0], keep[1], acc, 0)
         # Read from memory, where TVM's simplifier does not see what they are.
@@ -236,7 +245,7 @@ class _Generator:
         """Return the copy of one register tile."""
         lanes = self.dot.lanes
         positions = range(0, self.mr * self.nr, lanes)
-        return sequence(*(_put(target, to + p, lanes, _vector(source, start + p, lanes)) for p in positions))
+        return sequence(*(put(target, to + p, lanes, vector_at(source, start + p, lanes)) for p in positions))
 
     def _finish_tile(self, places: dict[Any, Any], first: Any, count: Any, t: Any, acc: Any, totals: Any) -> Any:
         """Return the epilogue of one register tile, of which ``count`` rows exist: from registers if it is whole."""
@@ -265,17 +274,3 @@ class _Generator:
             return whole
         partial = loop("i", count, lambda i: loop("j", self.n - t * nr, lambda j: put(i, j)))
         return tirx.IfThenElse(loops.index((t + 1) * nr) <= loops.index(self.n), whole, partial)
-
-
-def _vector(buffer: Any, position: Any, lanes: int) -> Any:
-    """Return the load of ``lanes`` neighbours."""
-    if lanes == 1:
-        return load(buffer, position)
-    return tirx.BufferLoad(buffer, [tirx.Ramp(loops.index(position), loops.index(1), lanes)])
-
-
-def _put(buffer: Any, position: Any, lanes: int, value: Any) -> Any:
-    """Return the store of ``lanes`` neighbours."""
-    if lanes == 1:
-        return store(buffer, position, value)
-    return tirx.BufferStore(buffer, value, [tirx.Ramp(loops.index(position), loops.index(1), lanes)])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tvm import te
 
-from optc.backends.kernels import contraction, convolution, integer_contraction
+from optc.backends.kernels import contraction, convolution, integer_contraction, integer_winograd
 from optc.backends.lowering.convolution import pack_filter_rows, padded
 from optc.backends.lowering.emit import shape_of
 from optc.backends.lowering.integer_matmul import centered, requantize, zero_point
@@ -94,6 +94,7 @@ def _product(
             dilations=dilations,
             before=before,
             out=[*line, *geometry.out],
+            magnitude=integer_winograd.magnitude(weights),
         )
         for term in rest[len(points) :]:
             y = convolution.add_channels(y, term, groups)
