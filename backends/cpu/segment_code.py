@@ -19,7 +19,6 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 from tvm.ir import PointerType, PrimType
-from tvm.tirx.stmt import Return
 
 from optc.backends.cpu import arena
 from optc.backends.cpu.clock import Clock
@@ -72,7 +71,7 @@ class Kernels:
             sizes = [size for size in sizes if size not in given]
             pointers = {t: tirx.Var(f"{t.name}_data", PointerType(PrimType(str(t.ty.dtype)))) for t in tensors}
             views = [tirx.DeclBuffer(tensor, data=pointer) for tensor, pointer in pointers.items()]
-            body = loops.sequence(*views, function.body, Return(tirx.IntImm("int32", 0)))
+            body = loops.sequence(*views, function.body)
             params = [*(pointers.get(p, p) for p in function.params), *sizes]
             direct = tirx.PrimFunc(params, body, PrimType("int32"), function.attrs)
             # A suffix, because a kernel called "exp" must not stand in for the C library's.

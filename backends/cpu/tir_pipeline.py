@@ -8,6 +8,7 @@ import tvm
 from tvm import tirx
 from tvm.s_tir.pipeline import default_s_tir_pipeline
 from tvm.tirx.compilation_pipeline import register_tir_pipeline
+from tvm.tirx.stmt import Return
 
 DIRECT = "calling_conv"
 """Attribute of kernels that are called directly: TVM gives no packed interface to functions that have one.
@@ -40,7 +41,7 @@ def _pipeline() -> tuple[Any, Any, Any]:
         kernels.update(straight(transform.Filter(lambda f: _has(f, SEGMENT))(module)))
         return kernels
 
-    return both, lambda: tvm.transform.Sequential([_place_scratch, finish_host()]), finish_device
+    return both, lambda: tvm.transform.Sequential([_place_scratch, finish_host(), _return_status]), finish_device
 
 
 def _has(function: Any, attribute: str) -> bool:
@@ -57,6 +58,16 @@ def _place_scratch(module: Any, _context: Any) -> Any:
             for key, value in (("device_type", 1), ("device_id", 0)):
                 body = tirx.AttrStmt(default, key, tirx.IntImm("int32", value), body)
             module.update_func(var, function.with_body(body))
+    return module
+
+
+@tvm.transform.module_pass(opt_level=0, name="ReturnStatus")  # type: ignore[untyped-decorator]
+def _return_status(module: Any, _context: Any) -> Any:
+    """Have direct functions return 0; only here, because what releases their scratch buffers comes last before."""
+    done = Return(tirx.IntImm("int32", 0))
+    for var, function in module.functions.items():
+        if isinstance(function, tirx.PrimFunc) and _has(function, DIRECT):
+            module.update_func(var, function.with_body(tirx.SeqStmt([function.body, done])))
     return module
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import numpy as np
+import onnx.numpy_helper
 import onnx.parser
 import pytest
 
@@ -114,3 +118,29 @@ def test_kernels_named_like_functions_of_the_c_library_do_not_stand_in_for_them(
     y, z = model(x)
     np.testing.assert_allclose(y, np.exp(x), rtol=1e-14)
     np.testing.assert_allclose(z, np.sin(x), rtol=1e-14, atol=1e-15)
+
+
+def test_runs_release_the_scratch_memory_of_kernels():
+    """A Winograd convolution and a product of rows allocate scratch buffers outside of their parallel loops."""
+    model = onnx.parser.parse_model(
+        HEADER
+        + """
+        g (float[1, 64, 14, 14] x, float[64, 64, 3, 3] k) => (float[1, 64, 14, 14] y) {
+            y = Conv<pads = [1, 1, 1, 1]>(x, k) }"""
+    )
+    (kernel,) = model.graph.input[1:]
+    del model.graph.input[1:]
+    weights = np.random.default_rng(0).standard_normal((64, 64, 3, 3)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, kernel.name))
+    compiled = optc.compile(model, verify=False).model()
+    x = np.ones((1, 64, 14, 14), np.float32)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    for _ in range(10):
+        compiled.run({"x": x})
+    before = resident()
+    for _ in range(200):
+        compiled.run({"x": x})
+    assert resident() - before < 8 << 20
