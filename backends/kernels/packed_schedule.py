@@ -1,18 +1,19 @@
 """The schedule of contractions whose column operand was packed into panels while compiling.
 
     for (batch, chunk of row tiles, group of column tiles):      parallel
-        for column tile of the group, for row tile of the chunk:
-            acc[MR, NR] = sum over k of row_operand[MR, k] * panel[k, NR]       registers
-            out = epilogue(acc)
+        for block of k, for column tile of the group, for row tile of the chunk:
+            acc[MR, NR] = sums[tile] + sum over k of row_operand[MR, k] * panel[k, NR]       registers
+            sums[tile] = acc, or after the last block: out = epilogue(acc)
 
 A chunk's rows stay in the second-level cache while all panels of the group pass over them, and each panel is read
-once for each chunk. The row operand may gather (a convolution reads pixels): an address is the sum of a part that
-depends on the row, computed once per tile, and one that depends on k. Rows may be symbolic: a tile that sticks out
-reads the last row again and stores what is inside.
+once for each chunk. Few terms are one block, and there are no sums in memory. The row operand may gather (a
+convolution reads pixels): an address is the sum of a part that depends on the row, computed once per tile, and one
+that depends on k. Rows may be symbolic: a tile that sticks out reads the last row again and stores what is inside.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -31,8 +32,10 @@ _TASKS = 8
 """Tasks to make where there is work for them: they divide evenly among 2, 4 or 8 threads."""
 _TASK_WORK = 200_000
 """Multiply-adds below which a task is not worth its own thread."""
-
-
+DEPTH = 768
+"""Terms of one block: its rows fill a chunk of enough of them, and its part of a panel is a fraction of the cache."""
+SUMS_BYTES = 256 * 1024
+"""Bytes of sums that a task keeps from block to block."""
 FAR_BYTES = 256 * 1024
 """Bytes of panels beyond which they come from memory in each run."""
 
@@ -42,6 +45,14 @@ def prefetch(element: Any) -> Any:
     address = tirx.address_of(element)
     read, locality, data = (tirx.const(v, "int32") for v in (0, 2, 1))
     return tirx.call_intrin("void", "tirx.prefetch", address, read, locality, data)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps of the outermost reduced axis."""
+
+    begin: Any
+    count: Any
 
 
 class PackedGenerator:
@@ -60,6 +71,11 @@ class PackedGenerator:
         size = self.reader.size
         self.r, self.b = size(self.rows.total), size(self.batch.total)
         self.n, self.k = int(self.columns.total), int(self.reduced.total)
+        self.outer = int(self.reduced.extents[0]) if self.reduced.extents else 1
+        self.inner = self.k // max(1, self.outer)
+        # Blocks are whole steps of the outermost axis: k itself, or lines of a convolution's window.
+        self.step = -(-self.outer // min(self.outer, -(-self.k // DEPTH))) if self.k else 1
+        self.blocks = -(-self.outer // self.step)
         self.lanes = register_tile.lanes(target, bits(self.dtype))
         self.nr = int(loops.loads(self.column_operand)[0].source.shape[-1])
         self.lanes = min(self.lanes, self.nr)
@@ -67,7 +83,7 @@ class PackedGenerator:
         count = register_tile.registers(target)
         self.mr = register_tile.tile_rows(static(self.r), self.k, min(vectors, -(-self.n // self.lanes)), count)
         self.row_tiles = size(loops.ceildiv(self.r, self.mr))
-        self.whole_tiles = self.n // self.nr
+        self.whole_tiles, self.column_tiles = self.n // self.nr, -(-self.n // self.nr)
         self.exact = static(self.r) is not None and self.r % self.mr == 0
         self.address = self._separate()
         operand = loops.loads(self.column_operand)[0].source
@@ -78,14 +94,18 @@ class PackedGenerator:
         chunk, groups = self._chunk_tiles(), self._groups()
         chunks = self.reader.size(loops.ceildiv(self.row_tiles, chunk))
         self.tail, allocate = loops.scratch("tail", self.mr * self.lanes, self.dtype)
-        partial = self.n % self.lanes != 0
+        self.chunk, self.per_group = chunk, -(-self.column_tiles // groups)
+        size = chunk * self.mr * self.per_group * self.nr
+        self.sums, allocate_sums = loops.scratch("sums", size, self.dtype)
+        allocations = [allocate] if self.n % self.lanes else []
+        allocations += [allocate_sums] if self.blocks > 1 else []
 
         def body(b: Any, c: Any, g: Any) -> Any:
             first = c * chunk
             here = self.row_tiles if chunk == static(self.row_tiles) else loops.smaller(chunk, self.row_tiles - first)
             return sequence(
-                allocate if partial else None,
-                bind("first", first, lambda start: self._panels(self.batch.at(b), start, here, g, groups)),
+                *allocations,
+                bind("first", first, lambda start: self._blocks(self.batch.at(b), start, here, g, groups)),
             )
 
         def task(o: Any) -> Any:
@@ -112,44 +132,63 @@ class PackedGenerator:
         """Return about how many elements of the row operand one row adds to those of the row before."""
         own = static(self.reduced.extents[-1]) if self.reduced.extents else 1
         if self.address is None or own is None:
-            return self.k
+            return self.step * self.inner
         _, _, x = self.address
         total, rows = static(self.reader.size(loops.product(list(x.source.shape)))), static(self.r)
-        return min(self.k, max(own, total // rows)) if total and rows else own
+        return min(self.step * self.inner, max(own, total // rows)) if total and rows else own
 
     def _groups(self) -> int:
         """Return into how many groups the column tiles are divided, so that there are tasks for all threads."""
-        column_tiles = -(-self.n // self.nr)
         tiles, batch = static(self.row_tiles), static(self.b)
         if tiles is None or batch is None:
-            return min(2, column_tiles)
-        chunks = max(1, batch * -(-tiles // self._chunk_tiles()))
-        wanted = min(_TASKS, max(1, batch * self.r * self.n * self.k // _TASK_WORK))
-        groups = min(column_tiles, -(-wanted // chunks)) if chunks < wanted else 1
-        return -(-column_tiles // -(-column_tiles // groups))
+            groups = 2
+        else:
+            chunks = max(1, batch * -(-tiles // self._chunk_tiles()))
+            wanted = min(_TASKS, max(1, batch * self.r * self.n * self.k // _TASK_WORK))
+            groups = -(-wanted // chunks) if chunks < wanted else 1
+        if self.blocks > 1:
+            panel = self._chunk_tiles() * self.mr * self.nr * bits(self.dtype) // 8
+            groups = max(groups, -(-self.column_tiles * panel // SUMS_BYTES))
+        return -(-self.column_tiles // -(-self.column_tiles // min(self.column_tiles, groups)))
 
-    def _panels(self, places: dict[Any, Any], first: Any, here: Any, group: Any, groups: int) -> Any:
+    def _blocks(self, places: dict[Any, Any], first: Any, here: Any, group: Any, groups: int) -> Any:
+        """Pass all panels of a group over the rows of a chunk, block by block of the reduced axes."""
+        if self.blocks == 1:
+            return self._panels(places, first, here, group, groups, Block(loops.index(0), self.outer))
+
+        def block(i: Any) -> Any:
+            begin = i * self.step
+            count = loops.smaller(self.step, self.outer - begin)
+            return bind(
+                "begin",
+                begin,
+                lambda b: bind("count", count, lambda c: self._panels(places, first, here, group, groups, Block(b, c))),
+            )
+
+        return loop("block", self.blocks, block)
+
+    def _panels(self, places: dict[Any, Any], first: Any, here: Any, group: Any, groups: int, block: Block) -> Any:
         """Pass the panels of a group over the rows of a chunk; the last panel may be narrower."""
-        column_tiles = -(-self.n // self.nr)
-        per_group = -(-column_tiles // groups)
+        begin = 0 if groups == 1 else group * self.per_group
 
-        def rows(t: Any, width: int) -> Any:
-            return loop("r", here, lambda r: self._tile(places, first, r, t, width))
+        def rows(t: Any, width: int, position: Any) -> Any:
+            # Of the loop's variable alone: TVM cuts buffers to what it believes is used.
+            sums = position * (self.chunk * self.mr * self.nr)
+            return loop("r", here, lambda r: self._tile(places, first, r, t, width, block, sums))
 
-        whole = self.whole_tiles if groups == 1 else loops.smaller((group + 1) * per_group, self.whole_tiles)
-        begin = 0 if groups == 1 else group * per_group
+        whole = self.whole_tiles if groups == 1 else loops.smaller((group + 1) * self.per_group, self.whole_tiles)
         count = whole if groups == 1 else tirx.max(loops.index(whole) - begin, loops.index(0))
         inner = None
         if self.whole_tiles:
-            inner = loop("t", count, lambda t: bind("panel", begin + t, lambda t: rows(t, self.nr)))
+            inner = loop("t", count, lambda t: bind("panel", begin + t, lambda panel: rows(panel, self.nr, t)))
         if self.n % self.nr == 0:
             return inner
-        last = rows(self.whole_tiles, self.n % self.nr)
+        last = rows(self.whole_tiles, self.n % self.nr, self.whole_tiles - (groups - 1) * self.per_group)
         if groups > 1:
             last = tirx.IfThenElse(loops.index(group) == groups - 1, last, None)
         return sequence(inner, last)
 
-    def _next_panel(self, places: dict[Any, Any], r: Any, t: Any) -> tuple[Any, list[Any]]:
+    def _next_panel(self, places: dict[Any, Any], r: Any, t: Any, block: Block) -> tuple[Any, list[Any]]:
         """Return the function that fetches, step by step, part ``r`` of the next panel into the second-level cache.
 
         Panels of a large operand come from memory, where the first rows of a chunk would wait for each line. In
@@ -164,14 +203,18 @@ class PackedGenerator:
         start = tirx.Var("ahead", "int64")
         view = self.reader.flatten(tirx.BufferLoad(operand, [loops.index(0)] * len(operand.shape)), []).source
         place = loops.loads(first)[0].indices[0]
+        before = block.begin * self.inner * (self.nr - step)
         return lambda k: tirx.Evaluate(prefetch(load(view, start + k * step))), [
-            tirx.Bind(start, place + r * (self.k * step))
+            tirx.Bind(start, place + before + r * (self.step * self.inner * step))
         ]
 
-    def _tile(self, places: dict[Any, Any], first: Any, step: Any, t: Any, width: int) -> Any:
-        """Return the register tile of row tile ``first + step`` and ``width`` columns of column tile ``t``."""
+    def _tile(self, places: dict[Any, Any], first: Any, step: Any, t: Any, width: int, block: Block, sums: Any) -> Any:
+        """Return the register tile of row tile ``first + step`` and ``width`` columns of column tile ``t``.
+
+        Sums of a block that others follow are kept behind ``sums``.
+        """
         mr, lanes, r = self.mr, self.lanes, first + step
-        ahead, ahead_bindings = self._next_panel(places, step, t)
+        ahead, ahead_bindings = self._next_panel(places, step, t, block)
         vectors = -(-width // lanes)
         acc, allocate = loops.scratch("acc", mr * vectors * lanes, self.dtype)
         zero = tirx.const(0, self.dtype)
@@ -192,14 +235,15 @@ class PackedGenerator:
 
             return sequence(ahead(k), *(element(*spot) for spot in spots))
 
-        return sequence(
-            allocate,
-            *bindings,
-            *ahead_bindings,
-            *(self.reader.lanewise(lanes, lambda lane, s=s: store(acc, s + lane, zero)) for _, _, s in spots),
-            self._over_reduced(update),
-            self._store(places, r, t, acc, width),
-        )
+        begin = [self.reader.lanewise(lanes, lambda lane, s=s: store(acc, s + lane, zero)) for _, _, s in spots]
+        end = self._store(places, r, t, acc, width)
+        if self.blocks > 1:
+            kept = sums + step * (mr * self.nr)
+            read = [_copy_lanes(self.reader, lanes, self.sums, kept + s, acc, s) for _, _, s in spots]
+            write = [_copy_lanes(self.reader, lanes, acc, s, self.sums, kept + s) for _, _, s in spots]
+            begin = [tirx.IfThenElse(block.begin > 0, sequence(*read), sequence(*begin))]
+            end = tirx.IfThenElse(block.begin + block.count < self.outer, sequence(*write), end)
+        return sequence(allocate, *bindings, *ahead_bindings, *begin, self._over_reduced(update, block), end)
 
     def _row_places(self, places: dict[Any, Any], r: Any, i: int) -> tuple[dict[Any, Any], Any]:
         position = r * self.mr + i
@@ -260,15 +304,17 @@ class PackedGenerator:
         where = {**places, **self.columns.at(position), **self.reduced.at(k)}
         return self.reader.value(self.column_operand, where, flat=[(self.columns, position), (self.reduced, k)])
 
-    def _over_reduced(self, body: Any) -> Any:
-        """Loops over the reduced axes, giving the flat position and the value of each variable."""
+    def _over_reduced(self, body: Any, block: Block) -> Any:
+        """Loops over a block of the reduced axes, giving the flat position and the value of each variable."""
         axes = self.reduced
 
         def nest(position: int, flat: Any, at: dict[Any, Any]) -> Any:
             if position == len(axes.variables):
                 return body(flat, at)
             extent, variable = axes.extents[position], axes.variables[position]
-            return loop("k", extent, lambda k: nest(position + 1, flat * extent + k, {**at, variable: k}))
+            if position:
+                return loop("k", extent, lambda k: nest(position + 1, flat * extent + k, {**at, variable: k}))
+            return loop("k", block.count, lambda k: nest(1, block.begin + k, {variable: block.begin + k}))
 
         return nest(0, loops.index(0), {})
 
@@ -314,6 +360,10 @@ class PackedGenerator:
 
         partial = loop("i", self.mr, lambda i: guarded(i, loop("j", rest, lambda j: element(i, j))))
         return sequence(*full, *copies, partial)
+
+
+def _copy_lanes(reader: Reader, lanes: int, source: Any, start: Any, target: Any, to: Any) -> Any:
+    return reader.lanewise(lanes, lambda lane: store(target, to + lane, load(source, start + lane)))
 
 
 def _pick(axes: Axes, positions: list[int]) -> Axes:
