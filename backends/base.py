@@ -10,11 +10,20 @@ import onnx_ir as oir
 
 
 @dataclass(frozen=True)
+class Caches:
+    """Bytes of data that one core may keep in its caches; of a cache that cores share it has its part."""
+
+    l1: int = 32 * 1024
+    l2: int = 256 * 1024
+
+
+@dataclass(frozen=True)
 class Target:
     """A machine to compile for. ``name`` is what the user wrote; the rest is what it means.
 
     ``triple`` and ``cpu`` are LLVM's; ``features`` are LLVM feature names without sign, sorted; ``vector_bits`` is
-    the width of the SIMD registers used.
+    the width of the SIMD registers used. Everything that depends on a machine is decided from here: code may require
+    ``features``, while ``caches`` only make it fast.
     """
 
     name: str
@@ -25,9 +34,25 @@ class Target:
     vector_bits: int
     native: bool
     extra_features: tuple[str, ...] = ()
+    caches: Caches = Caches()
+
+    def lanes(self, bits: int) -> int:
+        """Return how many elements of ``bits`` a vector register holds."""
+        return max(1, self.vector_bits // bits)
+
+    @property
+    def registers(self) -> int:
+        """The number of vector registers."""
+        wide = "avx512f" in self.features or self.triple.startswith(("aarch64", "riscv"))
+        return 32 if wide else 16
+
+    @property
+    def fuses(self) -> bool:
+        """Whether one instruction multiplies and adds."""
+        return not self.triple.startswith("x86_64") or "fma" in self.features
 
     def describe(self) -> dict[str, Any]:
-        """Return the JSON form that artifacts carry."""
+        """Return the JSON form that artifacts carry: what the machine that loads one must have."""
         return {
             "kind": self.kind,
             "triple": self.triple,

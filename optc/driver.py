@@ -101,7 +101,7 @@ def compile(
             code=build.code,
             weights=build.weights,
             target=resolved.describe(),
-            report=_report(trace.passes, build),
+            report=_report(trace.passes, build, resolved),
             metadata={str(k): str(v) for k, v in model.metadata_props.items()},
             memory=_memory(build),
             calls=build.calls,
@@ -196,7 +196,7 @@ def _memory(build: Build) -> dict[str, int]:
     return memory
 
 
-def _report(passes: Sequence[PassRecord], build: Build) -> dict[str, Any]:
+def _report(passes: Sequence[PassRecord], build: Build, target: Target) -> dict[str, Any]:
     return {
         "optc": optc.__version__,
         "tvm": version("apache-tvm"),
@@ -206,6 +206,7 @@ def _report(passes: Sequence[PassRecord], build: Build) -> dict[str, Any]:
             if r.modified
         ],
         "kernels": build.kernels,
+        "caches": {"l1": target.caches.l1, "l2": target.caches.l2},
         "tuning": "none: every kernel has its analytic or generic schedule",
     }
 

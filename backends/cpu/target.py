@@ -1,13 +1,16 @@
 """CPU targets: what a user's ``--target`` means to LLVM.
 
 ``cpu`` is this machine. Otherwise a CPU name of x86-64 (``x86-64-v3``, ``znver3``, ``skylake-avx512``), ``aarch64``
-(generic 64-bit Arm with NEON), or ``TRIPLE[:CPU[:+feature,-feature]]``, such as
-``aarch64-linux-gnu:cortex-a76:+dotprod``. Only what LLVM says of that CPU is used; nothing is read off this machine.
+(generic 64-bit Arm with NEON), or ``TRIPLE[:CPU]``. Options may follow: features of LLVM's to add or leave out, and the
+data caches of one core, as in ``aarch64-linux-gnu:cortex-a76:+dotprod,l2=512K``. Only for ``cpu`` anything is read off
+this machine.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,14 +18,15 @@ from tvm.target import Target as TvmTarget
 from tvm.target import codegen
 
 from optc.backends.base import Target
+from optc.backends.cpu.caches import of_cpu, of_this_machine
 from optc.errors import UsageError
 
 X86_TRIPLE = "x86_64-linux-gnu"
 ARM_TRIPLE = "aarch64-linux-gnu"
 _ALIASES = {
-    "aarch64": f"{ARM_TRIPLE}:generic:+neon",
-    "arm64": f"{ARM_TRIPLE}:generic:+neon",
-    "riscv64": "riscv64-linux-gnu:generic-rv64:+m,+a,+f,+d,+c",
+    "aarch64": (ARM_TRIPLE, "generic", ""),
+    "arm64": (ARM_TRIPLE, "generic", ""),
+    "riscv64": ("riscv64-linux-gnu", "generic-rv64", "+m,+a,+f,+d,+c"),
 }
 EXAMPLES = (
     "cpu",
@@ -31,25 +35,26 @@ EXAMPLES = (
     "x86-64-v4",
     "znver3",
     "aarch64",
-    f"{ARM_TRIPLE}:cortex-a76",
+    f"{ARM_TRIPLE}:cortex-a76:+dotprod,l2=512K",
     "riscv64",
 )
 
 
 def resolve(name: str) -> Target:
-    """Return the target called ``name``; UsageError if LLVM does not know it."""
-    if name == "cpu":
+    """Return the target called ``name``; UsageError if LLVM does not know it or an option is malformed."""
+    first, *parts = name.split(":")
+    options = parts.pop().split(",") if len(parts) > 1 or (parts and re.search(r"=|^[+-]", parts[0])) else []
+    if parts or "-linux" in first:
+        return _target(name, first, ":".join(parts) or "generic", options, native=False)
+    if first == "cpu":
         triple = ARM_TRIPLE if os.uname().machine == "aarch64" else X86_TRIPLE
-        return _target(name, triple, str(codegen.llvm_get_system_cpu()), (), native=True)
-    spec = _ALIASES.get(name, name)
-    if ":" not in spec and "-linux" not in spec:
-        return _target(name, X86_TRIPLE, spec, (), native=False)
-    triple, _, rest = spec.partition(":")
-    cpu, _, extra = rest.partition(":")
-    return _target(name, triple, cpu or "generic", tuple(extra.split(",")) if extra else (), native=False)
+        return _target(name, triple, str(codegen.llvm_get_system_cpu()), options, native=True)
+    triple, cpu, features = _ALIASES.get(first, (X86_TRIPLE, first, ""))
+    return _target(name, triple, cpu, [*features.split(","), *options] if features else options, native=False)
 
 
-def _target(name: str, triple: str, cpu: str, extra: tuple[str, ...], *, native: bool) -> Target:
+def _target(name: str, triple: str, cpu: str, options: list[str], *, native: bool) -> Target:
+    extra, sizes = _options(name, options)
     probe = _describe(triple, cpu, extra, 1)
     architecture = triple.split("-")[0]
     if architecture not in {str(t) for t in codegen.llvm_get_targets()}:
@@ -60,7 +65,24 @@ def _target(name: str, triple: str, cpu: str, extra: tuple[str, ...], *, native:
     features |= {f[1:] for f in extra if f.startswith("+")}
     features -= {f[1:] for f in extra if f.startswith("-")}
     width = _vector_bits(architecture, features)
-    return Target(name, "cpu", triple, cpu, tuple(sorted(features)), width, native, extra)
+    caches = of_cpu(cpu)
+    caches = replace(of_this_machine(caches) if native else caches, **sizes)
+    return Target(name, "cpu", triple, cpu, tuple(sorted(features)), width, native, extra, caches)
+
+
+def _options(name: str, options: list[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return features with their signs, and sizes of caches."""
+    features, sizes = [], {}
+    for option in options:
+        size = re.fullmatch(r"(l[12])=(\d+)([KM]?)", option)
+        if size is not None and int(size[2]):
+            sizes[size[1]] = int(size[2]) * {"": 1, "K": 1024, "M": 1024 * 1024}[size[3]]
+        elif re.fullmatch(r"[+-][\w.-]+", option):
+            features.append(option)
+        else:
+            hint = "options are +feature, -feature, l1=SIZE and l2=SIZE with sizes such as 32K or 1M"
+            raise UsageError(f"target '{name}': '{option}' is no option", hint=hint)
+    return tuple(features), sizes
 
 
 def _hint() -> str:
@@ -72,6 +94,8 @@ def _vector_bits(architecture: str, features: set[str]) -> int:
         if "avx512f" in features:
             return 512
         return 256 if "avx" in features else 128
+    if architecture.startswith("riscv"):
+        return 128 if "v" in features else 64
     return 128
 
 

@@ -31,7 +31,8 @@ class Operands:
         self.depth = int(extents[4])
         self.width = int(fused.spatial.extents[self.order[3]])
         self.dtype = str(fused.accumulator.dtype)
-        self.lanes = max(1, target.vector_bits // bits(self.dtype))
+        self.target = target
+        self.lanes = target.lanes(bits(self.dtype))
 
     def query(self, b: Any, h: Any, i: Any, d: Any) -> Any:
         """Return the query's element in the accumulators' type."""

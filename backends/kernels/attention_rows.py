@@ -15,16 +15,15 @@ from typing import Any
 
 from tvm import tirx
 
-from optc.backends.kernels import loops
+from optc.backends.kernels import loops, register_tile
 from optc.backends.kernels.attention_operands import LOWEST, Operands
 from optc.backends.kernels.loops import bind, load, loop, sequence, store
 from optc.backends.kernels.vector_math import exp_nonpositive, maximum
 
-KEYS = 8
-"""Keys whose products with the query are summed at the same time, to hide the latency of additions."""
-
-SUMS = 8
-"""Vectors of the weighted sum in registers: enough to hide the latency of additions."""
+KEYS = register_tile.IN_FLIGHT
+"""Keys whose products with the query are summed at the same time."""
+SUMS = register_tile.IN_FLIGHT
+"""Vectors of the weighted sum in registers."""
 
 
 def limit(operands: Operands) -> int:

@@ -23,20 +23,14 @@ from typing import Any
 from tvm import tirx
 
 from optc.backends.base import Target
-from optc.backends.kernels import attention_rows, loops
+from optc.backends.kernels import attention_rows, loops, register_tile
 from optc.backends.kernels.attention import TEMPLATE
 from optc.backends.kernels.attention_operands import LOWEST, Operands
-from optc.backends.kernels.fused import take_apart
+from optc.backends.kernels.fused import bits, take_apart
 from optc.backends.kernels.loops import bind, load, loop, sequence, store
 from optc.backends.kernels.transpose import transpose
 from optc.backends.kernels.vector_math import exp_nonpositive, maximum
 
-WEIGHT_BYTES = 16 * 1024
-"""Bytes of weights of one block of keys: half of a small first-level cache."""
-KEY_ROWS = 6
-"""Keys per register tile: with two vectors of queries they fill 16 registers with 12 accumulators."""
-QUERY_ROWS = 4
-"""Queries per register tile of the second product, whose columns are two vectors of d."""
 GROUP = 4
 """Blocks of queries that share a copy of the values."""
 TASKS = 16
@@ -68,11 +62,14 @@ class _Tiles:
         rows, keys = loops.static(operands.rows), loops.static(operands.keys)
         vectors = 1 if rows is not None and rows <= self.lanes else 2
         self.block = vectors * self.lanes
-        tallest = KEY_ROWS * 2 // vectors
+        tallest = register_tile.most_rows(vectors, operands.target)
         self.mr = tallest if keys is None else _least_waste(keys, tallest)
-        self.qr = min(QUERY_ROWS, self.block)
-        size = 8 if operands.dtype == "float64" else 4
-        most = max(1, WEIGHT_BYTES // (self.block * size * self.mr))
+        # The second product's tile: some queries, a divisor of the block, and two vectors of columns.
+        fit = register_tile.most_rows(2, operands.target)
+        self.qr = next(rows for rows in range(min(fit, self.block), 0, -1) if self.block % rows == 0)
+        # The weights of a block of keys take half of the first-level cache.
+        size = bits(operands.dtype) // 8
+        most = max(1, operands.target.caches.l1 // 2 // (self.block * size * self.mr))
         if keys is not None:
             tiles = max(1, -(-keys // self.mr))
             most = -(-tiles // -(-tiles // most))

@@ -5,7 +5,7 @@ with what its axes are, so that the schedule (``contraction_schedule.py``) needs
 operand does not depend on the columns and the other way round. Without the schedule the block is ordinary TE.
 Element-wise stages that follow (bias, cast, whatever fusion adds) run on the register tile.
 
-Constant operands are packed while compiling: columns as ``[N/16, K, 16]``, rows as ``[M/6, K..., 6]``, zero-padded.
+Constant columns are packed while compiling, into panels ``[N/width, K, width]``, zero-padded.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ from tvm import te, tirx
 from optc.backends.kernels import vector_math
 
 TEMPLATE = "contraction"
-ROW_BLOCK = 6
-"""Rows packed together: with two vectors of columns they fill the 16 registers of AVX2 with 12 accumulators."""
-COLUMN_BLOCK = 16
-"""Columns packed together."""
 FUSIBLE = {"op_pattern": 4}
 """Kernel attribute: element-wise consumers may be fused behind this kernel (``kOutEWiseFusable``)."""
 
@@ -32,17 +28,17 @@ def accumulator(dtype: str) -> str:
     return "float32" if dtype in ("float16", "bfloat16") else dtype
 
 
-def annotate(rows: Sequence[int], columns: Sequence[int], padded: str = "") -> dict[str, Any]:
+def annotate(rows: Sequence[int], columns: Sequence[int], *, packed: bool = False) -> dict[str, Any]:
     """Return the block annotations of a contraction.
 
     ``rows`` and ``columns`` are positions of spatial axes, each a run of neighbours; the other axes are batch.
-    ``padded`` names the operand ("rows" or "columns") whose packed blocks may be read beyond its last axis.
+    ``packed`` tells that the column operand comes from ``pack_columns``.
     """
     return {
         "optc.template": TEMPLATE,
         "optc.rows": list(rows),
         "optc.columns": list(columns),
-        "optc.padded": padded,
+        "optc.packed": int(packed),
     }
 
 
@@ -53,16 +49,6 @@ def pack_columns(weights: np.ndarray, width: int) -> np.ndarray:
     padded = np.zeros((*reduced, blocks * width), weights.dtype)
     padded[..., :n] = weights
     return np.ascontiguousarray(np.moveaxis(padded.reshape(*reduced, blocks, width), -2, 0))
-
-
-def pack_rows(weights: np.ndarray) -> np.ndarray:
-    """Pack ``[G, M, K...]`` into ``[G, M/6, K..., 6]`` with an even number of blocks."""
-    groups, m, *reduced = weights.shape
-    blocks = -(-m // (2 * ROW_BLOCK)) * 2
-    padded = np.zeros((groups, blocks * ROW_BLOCK, *reduced), weights.dtype)
-    padded[:, :m] = weights
-    split = padded.reshape(groups, blocks, ROW_BLOCK, *reduced)
-    return np.ascontiguousarray(np.moveaxis(split, 2, -1))
 
 
 def widen(value: Any, dtype: str) -> Any:
@@ -88,7 +74,7 @@ def packed_matmul(a: Any, packed: Any, n: int) -> Any:
         column = packed(j // width, k, j % width)
         return te.sum(widen(a(*rows, k), dtype) * widen(column, dtype), axis=k)
 
-    attributes = annotate(range(rank - 1), [rank - 1], "columns")
+    attributes = annotate(range(rank - 1), [rank - 1], packed=True)
     return te.compute((*a.shape[:-1], n), element, "matmul", attrs=attributes)
 
 

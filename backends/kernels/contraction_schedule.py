@@ -1,13 +1,14 @@
 """The schedule of contractions: packed panels, a register tile of accumulators, the epilogue on the tile.
 
     for (batch, chunk of columns):      parallel
-        pack the chunk's column operand into panels [tile, K, NR]      (not when it is packed already)
+        pack the chunk's column operand into panels [tile, K, NR]
         for row tile, for column tile of the chunk:
             acc[MR, NR] = sum over k of row_operand[MR, k] * panel[k, NR]       registers
             out = epilogue(acc)
 
 This is the structure of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008), without
 blocking of K. Extents may be symbolic: tiles that stick out read clamped rows and columns and store what is inside.
+Columns that were packed while compiling take ``packed_schedule.py``.
 """
 
 from __future__ import annotations
@@ -19,27 +20,24 @@ import tvm_ffi
 from tvm import tirx
 
 from optc.backends.base import Target
-from optc.backends.kernels import loops
-from optc.backends.kernels.contraction import COLUMN_BLOCK, ROW_BLOCK, TEMPLATE
+from optc.backends.kernels import loops, register_tile
+from optc.backends.kernels.contraction import TEMPLATE
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, store
 from optc.backends.kernels.packed_schedule import PackedGenerator
-
-PANEL_BYTES = 256 * 1024
-"""Bytes of packed columns that stay in the second-level cache while all rows pass over them."""
 
 
 def schedule(function: Any, target: Target) -> Any:
     """Return ``function`` as a tiled loop nest, or None if it is not one annotated contraction with its epilogue."""
     fused = take_apart(function, TEMPLATE)
-    if fused is None or fused.padding is not None:
+    if fused is None:
         return None
     value = fused.core.body.value
     if not isinstance(value, tirx.Add) or not isinstance(value.b, tirx.Mul):
         return None
     if any(loops.static(e) == 0 for e in fused.spatial.extents):
         return function.with_body(tirx.Evaluate(0)) if fused.tail is None else None
-    if fused.core.annotations["optc.padded"] == "columns":
+    if int(fused.core.annotations["optc.packed"]):
         return PackedGenerator(fused, target).function()
     return _Generator(fused, target).function()
 
@@ -51,18 +49,22 @@ class _Generator:
         self.reader = Reader(fused)
         fused = self.reader.fused
         self.row_operand, self.column_operand = fused.core.body.value.b.a, fused.core.body.value.b.b
-        self.padded = str(fused.core.annotations["optc.padded"])
         rows = [int(i) for i in fused.core.annotations["optc.rows"]]
-        columns = [int(i) for i in fused.core.annotations["optc.columns"]]
-        batch = [i for i in range(len(fused.spatial.variables)) if i not in rows and i not in columns]
-        self.rows, self.columns, self.batch = (self._pick(fused, axes) for axes in (rows, columns, batch))
+        across = [int(i) for i in fused.core.annotations["optc.columns"]]
+        batch = [i for i in range(len(fused.spatial.variables)) if i not in rows and i not in across]
+        self.rows, self.columns, self.batch = (self._pick(fused, axes) for axes in (rows, across, batch))
         self.reduced = fused.reduced
         self.dtype = str(fused.accumulator.dtype)
         size = self.reader.size
         self.r, self.n = size(self.rows.total), size(self.columns.total)
         self.k, self.b = size(self.reduced.total), size(self.batch.total)
-        self.mr, self.nr = self._tile()
-        self.lanes = min(max(1, target.vector_bits // bits(self.dtype)), self.nr)
+        self.lanes = target.lanes(bits(self.dtype))
+        columns = loops.static(self.n)
+        vectors = 1 if columns is not None and columns <= self.lanes else 2
+        self.mr = register_tile.tile_rows(loops.static(self.r), loops.static(self.k), vectors, target)
+        self.nr = vectors * self.lanes
+        # Packed columns stay in the second-level cache while all rows pass over them.
+        self.panel_bytes = target.caches.l2 // 2
         self.whole_columns = loops.static(self.n) is not None and self.n % self.nr == 0
         self.tiles = size(loops.ceildiv(self.n, self.nr))
         self.row_tiles = size(loops.ceildiv(self.r, self.mr))
@@ -72,46 +74,9 @@ class _Generator:
         axes = fused.spatial
         return Axes([axes.variables[i] for i in positions], [axes.extents[i] for i in positions])
 
-    def _tile(self) -> tuple[int, int]:
-        """Choose the register tile: least work in partial row tiles, taller tiles preferred."""
-        rows, columns = loops.static(self.r), loops.static(self.n)
-        few = columns is not None and columns <= COLUMN_BLOCK // 2
-        if self.padded == "rows":
-            if rows is not None and rows < ROW_BLOCK:
-                return max(rows, 1), COLUMN_BLOCK
-            return (2 * ROW_BLOCK, COLUMN_BLOCK // 2) if few else (ROW_BLOCK, COLUMN_BLOCK)
-        wide = COLUMN_BLOCK // 2 if few and self.padded != "columns" else COLUMN_BLOCK
-        if rows is None:
-            return ROW_BLOCK, wide
-        return min(range(ROW_BLOCK, 0, -1), key=lambda m: -(-rows // m) * m * (1 + 0.3 / m)), wide
-
     def function(self) -> Any:
         """Return the function with its body replaced."""
-        return self.reader.finish(self._packed_columns() if self.padded == "columns" else self._chunks())
-
-    def _packed_columns(self) -> Any:
-        """Columns are packed already: column tiles outside, all rows inside (rows outside if columns are few)."""
-        over_rows = (loops.static(self.tiles) or 8) < 4
-
-        def tile(b: Any, t: Any, r: Any) -> Any:
-            places = self.batch.at(b)
-
-            def column(k: Any, lane: Any) -> Any:
-                position = t * self.nr + lane
-                where = {**places, **self.columns.at(position), **self.reduced.at(k)}
-                flat = [(self.columns, position), (self.reduced, k)]
-                return self.reader.value(self.column_operand, where, flat=flat)
-
-            return self._micro(places, r, t, column)
-
-        outer, inner = (self.row_tiles, self.tiles) if over_rows else (self.tiles, self.row_tiles)
-
-        def task(b: Any, position: Any) -> Any:
-            if over_rows:
-                return loop("inner", inner, lambda i: tile(b, i, position))
-            return loop("inner", inner, lambda i: tile(b, position, i))
-
-        return self._tasks(outer, task)
+        return self.reader.finish(self._chunks())
 
     def _tasks(self, inner: Any, body: Any) -> Any:
         """Return the parallel loop over batch and ``inner``: ``body(batch position, inner position)``."""
@@ -157,7 +122,7 @@ class _Generator:
     def _chunk_tiles(self) -> int:
         """Return how many column tiles are packed together."""
         depth, tiles = loops.static(self.k), loops.static(self.tiles)
-        fit = 4 if depth is None else PANEL_BYTES // max(1, depth * self.nr * bits(self.dtype) // 8)
+        fit = 4 if depth is None else self.panel_bytes // max(1, depth * self.nr * bits(self.dtype) // 8)
         if tiles is None:
             return max(1, min(fit, 8))
         if loops.static(self.b) == 1:
@@ -258,7 +223,7 @@ class _Generator:
 
         def row(i: int, k: Any) -> Any:
             position = r * self.mr + i
-            if self.padded != "rows" and not exact:
+            if not exact:
                 position = loops.smaller(position, self.r - 1)
             where = {**places, **self.rows.at(position), **self.reduced.at(k)}
             return self.reader.value(self.row_operand, where, flat=[(self.rows, position), (self.reduced, k)])

@@ -8,7 +8,7 @@ from typing import Any
 from tvm import te, tirx
 
 from optc.backends.kernels import loops
-from optc.backends.kernels.contraction import ROW_BLOCK, accumulator, annotate, widen
+from optc.backends.kernels.contraction import accumulator, annotate, widen
 
 
 def _may(amount: Any) -> bool:
@@ -24,16 +24,15 @@ def conv(
     strides: Sequence[int],
     dilations: Sequence[int],
     out: Sequence[Any],
-    packed: bool,
     kernel: Sequence[Any],
 ) -> Any:
     """Convolve padded ``x [N, C, *S]``: ``[N, M, *out]``, or ``[N, G, M/G, *out]`` with ``groups`` > 1.
 
-    ``w`` is ``[M, C/G, *K]``, or packed by ``pack_rows`` as ``[G, M/G/6, C/G, *K, 6]``.
+    ``w`` is ``[M, C/G, *K]``.
     """
     dtype = accumulator(str(x.dtype))
     per_group = channels // groups
-    depth = w.shape[2] if packed else w.shape[1]
+    depth = w.shape[1]
     c = te.reduce_axis((0, depth), "c")
     # An axis of extent 1 would hide that neighbouring pixels of a 1x1 convolution are neighbours in memory.
     ks = [0 if k == 1 else te.reduce_axis((0, k), f"k{i}") for i, k in enumerate(kernel)]
@@ -44,14 +43,12 @@ def conv(
         n, g, m, *pixel = index if grouped else (index[0], 0, *index[1:])
         where = [_at(p, s, k, d) for p, s, k, d in zip(pixel, strides, ks, dilations, strict=True)]
         channel = g * depth + c if grouped else c
-        weight = (
-            w(g, m // ROW_BLOCK, c, *ks, m % ROW_BLOCK) if packed else w(g * per_group + m if grouped else m, c, *ks)
-        )
+        weight = w(g * per_group + m if grouped else m, c, *ks)
         return te.sum(widen(weight, dtype) * widen(x(n, channel, *where), dtype), axis=reduced)
 
     lead = [x.shape[0], groups, per_group] if grouped else [x.shape[0], channels]
     first = len(lead)
-    attributes = annotate([first - 1], range(first, first + len(out)), "rows" if packed else "")
+    attributes = annotate([first - 1], range(first, first + len(out)))
     return te.compute((*lead, *out), element, "conv", attrs=attributes)
 
 
@@ -93,7 +90,7 @@ def conv_last(
 
     tail = [groups, channels // groups] if grouped else [channels]
     shape = (x.shape[0], *out, *tail)
-    attributes = annotate(range(rank + 1), [len(shape) - 1], "columns")
+    attributes = annotate(range(rank + 1), [len(shape) - 1], packed=True)
     return te.compute(shape, element, "conv", attrs=attributes)
 
 
@@ -191,7 +188,7 @@ def spread(x: Any, w: Any, *, maps: int, groups: int) -> Any:
         return te.sum(widen(x(*where, channel), dtype) * widen(w(g, j // width, c, j % width), dtype), axis=c)
 
     rank = len(x.shape) - 1
-    attributes = annotate(range(rank), [rank + 1], "columns")
+    attributes = annotate(range(rank), [rank + 1], packed=True)
     return te.compute((*x.shape[:-1], groups, maps), element, "spread", attrs=attributes)
 
 

@@ -27,12 +27,14 @@ ROWS = 4
 """The most rows that are bound by memory rather than by arithmetic."""
 STREAMS = 4
 """Places of the weights that are read at the same time."""
+VECTORS = 2
+"""Vectors to a panel: as many accumulators in a row as fit beside those of other rows and streams."""
 
 
 def schedule(function: Any, target: Target) -> Any:
     """Return ``function`` as a loop nest, or None if it is not a packed contraction of a few rows."""
     fused = take_apart(function, TEMPLATE)
-    if fused is None or fused.padding is not None or str(fused.core.annotations["optc.padded"]) != "columns":
+    if fused is None or not int(fused.core.annotations["optc.packed"]):
         return None
     value = fused.core.body.value
     if not isinstance(value, tirx.Add) or not isinstance(value.b, tirx.Mul):
@@ -63,10 +65,9 @@ class _Generator:
         self.dtype = str(fused.accumulator.dtype)
         self.m, self.n = int(self.rows.total), int(self.columns.total)
         self.width = int(loops.loads(self.column_operand)[0].source.shape[-1])
-        self.lanes = min(max(1, target.vector_bits // bits(self.dtype)), self.width)
+        self.lanes = min(target.lanes(bits(self.dtype)), self.width)
         self.panels = -(-self.n // self.width)
-        registers = 24 if target.vector_bits == 512 or "neon" in target.features else 12
-        fit = registers // (self.m * (self.width // self.lanes))
+        fit = target.registers * 3 // 4 // (self.m * (self.width // self.lanes))
         self.streams = max(1, min(STREAMS, fit, self.panels))
         self.tiles = -(-self.panels // self.streams)
         depth = loops.static(fused.reduced.total)

@@ -39,7 +39,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class Fused:
-    """A kernel that is one core block, an optional padding stage before it and an element-wise epilogue behind it.
+    """A kernel that is one core block and an element-wise epilogue behind it.
 
     ``epilogue`` is the value stored to ``output``, in the spatial variables of the core; it reads the core's
     result from ``accumulator`` at exactly these variables. Where the last stage is of another form (it broadcasts the
@@ -49,7 +49,6 @@ class Fused:
 
     function: Any
     core: Any
-    padding: Any
     spatial: Axes
     reduced: Axes
     accumulator: Any
@@ -60,7 +59,7 @@ class Fused:
 
 
 def take_apart(function: Any, template: str) -> Fused | None:
-    """Inline all but the core annotated with ``template``, its stages and one called "pad"; None if it does not fit."""
+    """Inline all but the core annotated with ``template`` and its stages; None if it does not fit."""
     sch = s_tir.Schedule(function, enable_check=False, error_render_level="none")
     root = sch.get_sblock("root")
     children = sch.get_child_blocks(root)
@@ -69,19 +68,18 @@ def take_apart(function: Any, template: str) -> Fused | None:
     if len(marked) != 1 or len(outputs) != 1:
         return None
     core, out = marked[0], outputs[0]
-    padding = [b for b in children if sch.get(b).name_hint == "pad"]
     stages = {str(sch.get(b).annotations["optc.stage"]): b for b in children if "optc.stage" in sch.get(b).annotations}
-    kept = [sch.get(b) for b in (core, out, *padding, *stages.values())]
+    kept = [sch.get(b) for b in (core, out, *stages.values())]
     for block in [b for b in children if not any(sch.get(b).same_as(k) for k in kept)]:
         try:
             sch.compute_inline(block)
         except s_tir.ScheduleError:
             return None
-    fused = _describe(function, sch.get(core), sch.get(out), [sch.get(b) for b in padding])
+    fused = _describe(function, sch.get(core), sch.get(out))
     return fused and replace_fields(fused, stages={name: sch.get(b) for name, b in stages.items()})
 
 
-def _describe(function: Any, core: Any, out: Any, padding: Sequence[Any]) -> Fused | None:
+def _describe(function: Any, core: Any, out: Any) -> Fused | None:
     accumulator = core.body.buffer
     spatial = _axes([v for v in core.iter_vars if int(v.iter_type) != REDUCTION])
     reduced = _axes([v for v in core.iter_vars if int(v.iter_type) == REDUCTION])
@@ -94,10 +92,9 @@ def _describe(function: Any, core: Any, out: Any, padding: Sequence[Any]) -> Fus
             tail = out
         else:
             epilogue, output = renamed, out.body.buffer
-    if len(padding) > 1 or not _same(core.body.indices, spatial.variables):
+    if not _same(core.body.indices, spatial.variables):
         return None
-    stage = padding[0] if padding else None
-    return Fused(function, core, stage, spatial, reduced, accumulator, output, epilogue, tail)
+    return Fused(function, core, spatial, reduced, accumulator, output, epilogue, tail)
 
 
 def _axes(iters: Sequence[Any]) -> Axes:

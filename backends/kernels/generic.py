@@ -70,7 +70,7 @@ def _regular(sch: Any, block: Any) -> bool:
 def _lanes(sch: Any, blocks: list[Any], target: Target) -> int:
     """Return how many of the widest elements written fit a vector register."""
     widths = [_bits(str(region.source.dtype)) for block in blocks for region in sch.get(block).writes]
-    return max(1, target.vector_bits // max([*widths, 8]))
+    return target.lanes(max([*widths, 8]))
 
 
 def _bits(dtype: str) -> int:
@@ -156,12 +156,12 @@ def _share_rows(sch: Any, blocks: list[Any], lanes: int) -> tuple[Any, Any] | No
 
 
 def _common_prefix(sch: Any, block: Any, last: Any) -> int:
-    reductions = {id(sch.get(loop)) for loop in _reductions(sch, block)}
+    reductions = [sch.get(loop) for loop in _reductions(sch, block)]
     ours, theirs = sch.get_loops(block), sch.get_loops(last)[:-1]
     depth = 0
     for a, b in zip(ours, theirs, strict=False):
         same = tvm_ffi.structural_equal(sch.get(a).extent, sch.get(b).extent)
-        if not same or id(sch.get(a)) in reductions:
+        if not same or any(sch.get(a).same_as(loop) for loop in reductions):
             break
         depth += 1
     return depth

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
-from optc.backends.kernels.contraction import COLUMN_BLOCK, broadcast
+from optc.backends.kernels.contraction import broadcast
 
 TEMPLATE = "integer_contraction"
+COLUMN_BLOCK = 16
+"""Columns packed together."""
 DEPTH_BLOCK = 4
 """Depths packed together at most: four bytes for one lane of a dot product instruction."""
 PAIR = 2

@@ -21,9 +21,8 @@ from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import integer_dot, loops
-from optc.backends.kernels.contraction import COLUMN_BLOCK
 from optc.backends.kernels.fused import Axes, Fused, Reader, take_apart
-from optc.backends.kernels.integer_contraction import DEPTH_BLOCK, PANEL_DEPTH, TEMPLATE
+from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, DEPTH_BLOCK, PANEL_DEPTH, TEMPLATE
 from optc.backends.kernels.integer_dot import put, vector_at
 from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, spans, tile_rows
 from optc.backends.kernels.integer_winograd import Winograd, choose
@@ -35,7 +34,7 @@ _ACCUMULATORS = 12
 def schedule(function: Any, target: Target) -> Any:
     """Return ``function`` as a tiled loop nest, or None if it is not one annotated product with its epilogue."""
     fused = take_apart(function, TEMPLATE)
-    if fused is None or fused.padding is not None:
+    if fused is None:
         return None
     value = fused.core.body.value
     if not isinstance(value, tirx.Add) or not isinstance(value.b, tirx.Mul):

@@ -22,8 +22,8 @@ import numpy as np
 from tvm import tirx
 
 from optc.backends.kernels import loops
-from optc.backends.kernels.contraction import COLUMN_BLOCK
 from optc.backends.kernels.fused import Axes, Fused, Reader
+from optc.backends.kernels.integer_contraction import COLUMN_BLOCK
 from optc.backends.kernels.integer_dot import Dot, put, vector_at
 from optc.backends.kernels.integer_rows import WindowRows, tile_rows
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store

@@ -26,18 +26,17 @@ from optc.backends.kernels import loops, register_tile
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, static, store
 
-CHUNK_BYTES = 192 * 1024
-"""Bytes of row operand that stay in the second-level cache while panels pass over them."""
 _TASKS = 8
 """Tasks to make where there is work for them: they divide evenly among 2, 4 or 8 threads."""
 _TASK_WORK = 200_000
 """Multiply-adds below which a task is not worth its own thread."""
-DEPTH = 768
-"""Terms of one block: its rows fill a chunk of enough of them, and its part of a panel is a fraction of the cache."""
-SUMS_BYTES = 256 * 1024
-"""Bytes of sums that a task keeps from block to block."""
-FAR_BYTES = 256 * 1024
-"""Bytes of panels beyond which they come from memory in each run."""
+_CHUNK_ROWS = 64
+"""Rows that a chunk has room for at least: k is cut into blocks so that they fit."""
+
+
+def far(size: int, target: Target) -> bool:
+    """Tell whether ``size`` bytes of panels come from beyond the second-level cache in each run."""
+    return size > target.caches.l2 // 2
 
 
 def prefetch(element: Any) -> Any:
@@ -71,23 +70,25 @@ class PackedGenerator:
         size = self.reader.size
         self.r, self.b = size(self.rows.total), size(self.batch.total)
         self.n, self.k = int(self.columns.total), int(self.reduced.total)
+        # Bytes of the row operand that stay in the second-level cache while panels pass over them, and of sums.
+        self.chunk_bytes, self.sums_bytes = target.caches.l2 * 3 // 8, target.caches.l2 // 2
         self.outer = int(self.reduced.extents[0]) if self.reduced.extents else 1
         self.inner = self.k // max(1, self.outer)
         # Blocks are whole steps of the outermost axis: k itself, or lines of a convolution's window.
-        self.step = -(-self.outer // min(self.outer, -(-self.k // DEPTH))) if self.k else 1
+        depth = max(1, self.chunk_bytes // (4 * _CHUNK_ROWS))
+        self.step = -(-self.outer // min(self.outer, -(-self.k // depth))) if self.k else 1
         self.blocks = -(-self.outer // self.step)
-        self.lanes = register_tile.lanes(target, bits(self.dtype))
+        self.lanes = target.lanes(bits(self.dtype))
         self.nr = int(loops.loads(self.column_operand)[0].source.shape[-1])
         self.lanes = min(self.lanes, self.nr)
         vectors = -(-self.nr // self.lanes)
-        count = register_tile.registers(target)
-        self.mr = register_tile.tile_rows(static(self.r), self.k, min(vectors, -(-self.n // self.lanes)), count)
+        self.mr = register_tile.tile_rows(static(self.r), self.k, min(vectors, -(-self.n // self.lanes)), target)
         self.row_tiles = size(loops.ceildiv(self.r, self.mr))
         self.whole_tiles, self.column_tiles = self.n // self.nr, -(-self.n // self.nr)
         self.exact = static(self.r) is not None and self.r % self.mr == 0
         self.address = self._separate()
         operand = loops.loads(self.column_operand)[0].source
-        self.far = prod(int(d) for d in operand.shape) * bits(str(operand.dtype)) // 8 > FAR_BYTES
+        self.far = far(prod(int(d) for d in operand.shape) * bits(str(operand.dtype)) // 8, target)
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
@@ -118,7 +119,7 @@ class PackedGenerator:
     def _chunk_tiles(self) -> int:
         """Return how many row tiles make a chunk."""
         row_bytes = max(1, self._row_elements() * bits(self.dtype) // 8)
-        fit = max(4, CHUNK_BYTES // (row_bytes * self.mr))
+        fit = max(4, self.chunk_bytes // (row_bytes * self.mr))
         tiles, batch = static(self.row_tiles), static(self.b)
         if tiles is None or batch is None:
             return fit
@@ -148,7 +149,7 @@ class PackedGenerator:
             groups = -(-wanted // chunks) if chunks < wanted else 1
         if self.blocks > 1:
             panel = self._chunk_tiles() * self.mr * self.nr * bits(self.dtype) // 8
-            groups = max(groups, -(-self.column_tiles * panel // SUMS_BYTES))
+            groups = max(groups, -(-self.column_tiles * panel // self.sums_bytes))
         return -(-self.column_tiles // -(-self.column_tiles // min(self.column_tiles, groups)))
 
     def _blocks(self, places: dict[Any, Any], first: Any, here: Any, group: Any, groups: int) -> Any:

@@ -19,7 +19,7 @@ import tvm
 from tvm import tirx
 
 from optc.backends.base import Target
-from optc.backends.kernels import loops, register_tile
+from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, static, store
 
@@ -33,7 +33,7 @@ _PIXELS = (4, 6, 5, 7, 3, 2)
 def schedule(function: Any, target: Target) -> Any:
     """Return ``function`` as vector loops, or None if its windows are too wide."""
     fused = take_apart(function, TEMPLATE)
-    if fused is None or fused.padding is not None or not fused.reduced.extents:
+    if fused is None or not fused.reduced.extents:
         return None
     window = [static(e) for e in fused.reduced.extents]
     if any(e is None or e == 0 for e in window) or (window[-1] or 1) > _COLUMNS:
@@ -64,7 +64,7 @@ class _Generator:
         self.pixel, self.channel = pixel, channel
         self.image = self._image()
         self.channels = fused.spatial.extents[-1]
-        lanes = register_tile.lanes(target, bits(self.dtype))
+        lanes = target.lanes(bits(self.dtype))
         known = static(self.channels)
         while known is not None and lanes > max(known, 1):
             lanes //= 2

@@ -57,8 +57,6 @@ OUTPUT = {
 
 _FETCH_BYTES = 4.0
 """Bytes of weights that one core gets from memory in a cycle."""
-_CACHE_BYTES = 16.0
-"""Bytes of intermediate values that one core moves through its caches in a cycle."""
 _LARGE = 56
 """Pixels to a side assumed where only a run knows."""
 
@@ -68,20 +66,23 @@ def choose(height: Any, width: Any, depth: int, maps: int, target: Target) -> in
 
     Products, weights from memory, and transforms are counted in cycles of one core.
     """
-    lanes = register_tile.lanes(target, 32)
+    lanes = target.lanes(32)
+    products_in_a_cycle = register_tile.multiply_adds(target) * lanes
+    # Bytes of intermediate values that one core moves through its caches in a cycle: half a vector.
+    moved_in_a_cycle = target.vector_bits / 16
     if depth < 2 * lanes or maps < 2 * lanes:
         return None
     rows, columns = static(height) or _LARGE, static(width) or _LARGE
 
     def cycles(m: int) -> float:
         area, tiles = (m + 2) ** 2, -(-rows // m) * -(-columns // m)
-        products = area * tiles * depth * maps / (2 * lanes)
+        products = area * tiles * depth * maps / products_in_a_cycle
         weights = area * depth * maps * 4 / _FETCH_BYTES
         # Each transform touches every value of a tile about three times.
-        moved = area * tiles * (depth + maps) * 4 * 3 / _CACHE_BYTES
+        moved = area * tiles * (depth + maps) * 4 * 3 / moved_in_a_cycle
         return max(products, weights) + moved
 
-    direct = max(rows * columns * 9 * depth * maps / (2 * lanes), 9 * depth * maps * 4 / _FETCH_BYTES)
+    direct = max(rows * columns * 9 * depth * maps / products_in_a_cycle, 9 * depth * maps * 4 / _FETCH_BYTES)
     costs = {2: cycles(2), 4: cycles(4)}
     best = min(costs, key=lambda m: costs[m])
     return best if costs[best] < direct else None

@@ -22,13 +22,11 @@ from optc.backends.base import Target
 from optc.backends.kernels import loops, register_tile
 from optc.backends.kernels.fused import Fused, Reader, take_apart
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
-from optc.backends.kernels.packed_schedule import FAR_BYTES, prefetch
+from optc.backends.kernels.packed_schedule import far, prefetch
 from optc.backends.kernels.winograd import INPUT, OUTPUT, TEMPLATE
 
 _CHUNK_TILES = 12
 """Tiles in a chunk: for each panel of U that comes from the third-level cache they keep the arithmetic busy."""
-_CHUNK_BYTES = 384 * 1024
-"""Bytes of V and M that a chunk may have; they stay in the second-level cache."""
 _CHUNKS = 8
 """Chunks from which on chunks are the tasks of threads."""
 
@@ -36,7 +34,7 @@ _CHUNKS = 8
 def schedule(function: Any, target: Target) -> Any:
     """Return ``function`` as loops over tiles, or None if it is fused in a way that is not known."""
     fused = take_apart(function, TEMPLATE)
-    if fused is None or fused.padding is not None:
+    if fused is None:
         return None
     return _Generator(fused, target).function()
 
@@ -74,18 +72,18 @@ class _Generator:
         self.height, self.width = fused.spatial.extents[1:3]
         self.down, self.across = (size(loops.ceildiv(e, self.m)) for e in (self.height, self.width))
         self.tiles = size(loops.product([fused.spatial.extents[0], self.down, self.across]))
-        self.lanes = register_tile.lanes(target, 32)
+        self.lanes = target.lanes(32)
         _, self.panels, _, self.panel = (int(d) for d in self.filters.shape)
         self.vectors = self.panel // self.lanes
-        count = register_tile.registers(target)
         tile_bytes = self.a**2 * (self.depth + self.panels * self.panel) * 4
         known = static(self.tiles)
         self.chunk = _CHUNK_TILES
-        self.chunked = tile_bytes * self.chunk <= _CHUNK_BYTES and (known is None or known > _CHUNKS * self.chunk)
+        fits = tile_bytes * self.chunk <= target.caches.l2 * 3 // 4
+        self.chunked = fits and (known is None or known > _CHUNKS * self.chunk)
         rows = self.chunk if self.chunked else known
-        self.mr = register_tile.tile_rows(rows, self.depth, self.vectors, count)
+        self.mr = register_tile.tile_rows(rows, self.depth, self.vectors, target)
         self.chunk = -(-self.chunk // self.mr) * self.mr
-        self.far = self.a**2 * self.panels * self.depth * self.panel * 4 > FAR_BYTES
+        self.far = far(self.a**2 * self.panels * self.depth * self.panel * 4, target)
 
     def function(self) -> Any:
         """Return the function with its body replaced."""

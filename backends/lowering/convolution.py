@@ -161,7 +161,6 @@ def _unpacked(site: Site, filters: list[int], groups: int, geometry: Windows) ->
             f,
             channels=filters[0],
             groups=groups,
-            packed=False,
             strides=geometry.strides,
             dilations=geometry.dilations,
             out=geometry.out,
@@ -173,11 +172,6 @@ def _unpacked(site: Site, filters: list[int], groups: int, geometry: Windows) ->
 
     y = site.emit(compute, x, site.tensor(1), *bias, name="conv", attributes=contraction.FUSIBLE)
     return site.reshape(y, [shape[0], filters[0], *geometry.out]) if groups > 1 else y
-
-
-def pack_filter_rows(weights: np.ndarray, groups: int) -> np.ndarray:
-    """Pack ``[M, C/G, *K]`` for ``convolution.conv``."""
-    return contraction.pack_rows(weights.reshape(groups, weights.shape[0] // groups, *weights.shape[1:]))
 
 
 def padded(site: Site, x: Any, geometry: Windows, value: float = 0, *, last: bool = False) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from tvm import te
 
 from optc.backends.kernels import contraction, convolution, integer_contraction, integer_winograd
-from optc.backends.lowering.convolution import pack_filter_rows, padded
+from optc.backends.lowering.convolution import padded
 from optc.backends.lowering.emit import shape_of
 from optc.backends.lowering.integer_matmul import centered, requantize, zero_point
 from optc.backends.lowering.known import Known
@@ -145,11 +145,7 @@ def _general(
     x = site.check_equal(centered(site, *data), [sizes[0], shape[1] * groups, *sizes[2:]])
     x = padded(site, x, geometry)
     weights = _constant_filters(site, *filters)
-    packed = weights is not None
-    if weights is not None:
-        w = site.weight(pack_filter_rows(weights, groups), "packed")
-    else:
-        w = centered(site, *filters, axis=0)
+    w = site.weight(weights, "filters") if weights is not None else centered(site, *filters, axis=0)
     bias = [] if bias_at is None else [site.tensor(bias_at)]
 
     def compute(a: Any, f: Any, *b: Any) -> Any:
@@ -161,7 +157,6 @@ def _general(
             strides=geometry.strides,
             dilations=geometry.dilations,
             out=geometry.out,
-            packed=packed,
             kernel=shape[2:],
         )
         for term in b:

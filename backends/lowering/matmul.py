@@ -122,11 +122,10 @@ def _packed_gemm_weight(site: Site, constant: np.ndarray, transposed: bool, rows
 
 def panel_width(site: Site, rows: int | None, depth: int, columns: int, dtype: str) -> int:
     """Return how many columns of a constant operand make a panel."""
+    lanes = site.target.lanes(bits(contraction.accumulator(dtype)))
     if rows is not None and rows <= few_rows.ROWS:
-        return contraction.COLUMN_BLOCK
-    lanes = register_tile.lanes(site.target, bits(contraction.accumulator(dtype)))
-    count = register_tile.registers(site.target)
-    return lanes * register_tile.tile_vectors(rows, depth, columns, lanes, count)
+        return few_rows.VECTORS * lanes
+    return lanes * register_tile.tile_vectors(rows, depth, columns, lanes, site.target)
 
 
 def static_product(sizes: Sequence[Any]) -> int | None:

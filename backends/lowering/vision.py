@@ -9,7 +9,6 @@ from tvm import te, tirx
 
 from optc.backends.kernels import contraction, convolution, sampling, vector_math
 from optc.backends.kernels.interpolation import real
-from optc.backends.lowering.convolution import pack_filter_rows
 from optc.backends.lowering.emit import as_index, shape_of
 from optc.backends.lowering.imperative import loop, procedure, variable
 from optc.backends.lowering.site import Site
@@ -142,17 +141,13 @@ def deform_conv(site: Site) -> Any:
 
     image = site.emit(read, x, offset, *extra, name="deform_read")
     image = site.reshape(image, [shape[0], shape[1] * count, *out])
-    weights = site.constant(1)
     depth = [filters[0], filters[1] * count]
-    if weights is not None:
-        w = site.weight(pack_filter_rows(weights.reshape(*depth, *[1] * rank), groups), "packed")
-    else:
-        w = site.reshape(site.tensor(1), [*depth, *[1] * rank])
+    w = site.reshape(site.tensor(1), [*depth, *[1] * rank])
     bias = [site.tensor(3)] if site.has(3) else []
     per_group = filters[0] // groups
 
     def compute(a: Any, f: Any, *b: Any) -> Any:
-        y = _pointwise(a, f, filters[0], groups, out, weights is not None)
+        y = _pointwise(a, f, filters[0], groups, out)
         for term in b:
             y = convolution.add_bias(y, term, 2 if groups > 1 else 1, per_group)
         return contraction.narrow(y, dtype)
@@ -161,12 +156,10 @@ def deform_conv(site: Site) -> Any:
     return site.reshape(y, [shape[0], filters[0], *out])
 
 
-def _pointwise(a: Any, f: Any, channels: int, groups: int, out: list[Any], packed: bool) -> Any:
+def _pointwise(a: Any, f: Any, channels: int, groups: int, out: list[Any]) -> Any:
     """Convolve with a kernel of one position."""
     ones = [1] * len(out)
-    return convolution.conv(
-        a, f, channels=channels, groups=groups, strides=ones, dilations=ones, out=out, packed=packed, kernel=ones
-    )
+    return convolution.conv(a, f, channels=channels, groups=groups, strides=ones, dilations=ones, out=out, kernel=ones)
 
 
 @TABLE.lowers("RoiAlign")

@@ -1,14 +1,17 @@
 """CPU targets, linking, memory plan: what they say and what they refuse."""
 
 import numpy as np
+import onnx.parser
 import onnx_ir as oir
 import pytest
 import tvm
 from tvm import tirx
 
 import optc
+from optc.backends.base import Caches
 from optc.backends.cpu import link
 from optc.backends.cpu.build import CpuBackend
+from optc.backends.cpu.caches import of_this_machine
 from optc.backends.cpu.shape_functions import order_shape_functions
 from optc.backends.cpu.target import EXAMPLES, resolve, to_tvm
 from optc.errors import MissingDependencyError, OptcError, UsageError
@@ -50,6 +53,56 @@ def test_features_can_be_added_and_removed():
     target = resolve("x86_64-linux-gnu:x86-64-v3:-avx2,+avxvnni")
     assert "avx2" not in target.features
     assert "avxvnni" in target.features
+
+
+def test_caches_come_from_the_cpu_and_can_be_given():
+    assert resolve("haswell").caches == Caches(32 * 1024, 256 * 1024)
+    assert resolve("znver3").caches.l2 == 512 * 1024
+    assert resolve("icelake-server").caches == Caches(48 * 1024, 1280 * 1024)
+    assert resolve("x86-64-v3:l1=48K,l2=2M").caches == Caches(48 * 1024, 2 * 1024 * 1024)
+    assert resolve("x86-64-v3:-fma,l2=1000").caches.l2 == 1000
+    target = resolve("aarch64-linux-gnu:cortex-a76:+dotprod,l2=512K")
+    assert "dotprod" in target.features and target.caches == Caches(64 * 1024, 512 * 1024)
+    assert resolve("cpu:l2=3M").native and resolve("cpu:l2=3M").caches.l2 == 3 * 1024 * 1024
+
+
+def test_a_machine_that_has_an_artifact_s_instructions_needs_none_of_its_caches():
+    assert resolve("x86-64-v3:l2=64M").describe() == resolve("x86-64-v3").describe()
+
+
+def test_the_report_says_what_caches_were_assumed():
+    model = onnx.parser.parse_model(CHAIN)
+    report = optc.compile(model, target="x86-64-v2:l2=1M").report
+    assert report["caches"] == {"l1": 32 * 1024, "l2": 1024 * 1024}
+
+
+def _cache(folder, index, level, kind, size, cpus):
+    entry = folder / f"index{index}"
+    entry.mkdir()
+    for name, text in zip(("level", "type", "size", "shared_cpu_map"), (level, kind, size, cpus), strict=True):
+        (entry / name).write_text(f"{text}\n")
+
+
+def test_caches_of_this_machine_are_one_core_s_part(tmp_path):
+    """Two threads share a core, four cores a second level."""
+    _cache(tmp_path, 0, "1", "Data", "48K", "00000000,00000003")
+    _cache(tmp_path, 1, "1", "Instruction", "32K", "00000000,00000003")
+    _cache(tmp_path, 2, "2", "Unified", "2M", "00000000,000000ff")
+    _cache(tmp_path, 3, "3", "Unified", "nonsense", "00000000,0000ffff")
+    assert of_this_machine(Caches(1, 1), tmp_path) == Caches(48 * 1024, 512 * 1024)
+
+
+def test_what_linux_does_not_tell_of_caches_is_assumed(tmp_path):
+    assert of_this_machine(Caches(1, 2), tmp_path) == Caches(1, 2)
+    _cache(tmp_path, 0, "1", "Data", "0K", "0")
+    _cache(tmp_path, 1, "2", "Unified", "512K", "0")
+    assert of_this_machine(Caches(1, 2), tmp_path) == Caches(1, 512 * 1024)
+
+
+@pytest.mark.parametrize("name", ["x86-64-v3:l2=0", "x86-64-v3:l2=5X", "cpu:foo=1", "aarch64-linux-gnu:generic:neon"])
+def test_unknown_options_are_refused(name):
+    with pytest.raises(UsageError, match="is no option"):
+        resolve(name)
 
 
 @pytest.mark.parametrize("name", ["z80", "x86_64-linux-gnu:z80", "pdp11-linux-gnu:generic", ""])

@@ -52,9 +52,6 @@ def test_packing_pads_with_zeros():
     assert packed.shape == (2, 5, 16)
     np.testing.assert_array_equal(packed.transpose(1, 0, 2).reshape(5, 32)[:, :20], w)
     assert not packed[1, :, 4:].any()
-    rows = contraction.pack_rows(w.reshape(1, 5, 20))
-    assert rows.shape == (1, 2, 20, 6)
-    np.testing.assert_array_equal(rows[0].transpose(0, 2, 1).reshape(12, 20)[:5], w)
 
 
 @pytest.mark.parametrize("target", TARGETS)

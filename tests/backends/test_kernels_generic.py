@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from tvm import s_tir, te, tirx, topi
 
 from optc.backends.cpu.target import resolve, to_tvm
@@ -77,6 +78,22 @@ def test_large_kernels_are_parallel_and_vectorized_and_small_ones_are_serial():
 def test_expensive_stages_are_not_repeated():
     scheduled, _ = generic.schedule(function([(64, 64)], lambda a: topi.nn.softmax(a, axis=-1)), TARGET)
     assert scheduled.script().count("T.exp(") == 1
+
+
+def test_equal_kernels_get_equal_schedules():
+    """Reduced axes are told from spatial ones by what they are, not by where they happen to lie in memory."""
+
+    def centered(a):
+        k = te.reduce_axis((0, 40), "k")
+        total = te.compute((2, 8), lambda i, j: te.sum(a[i, j, k], axis=k), "total")
+        return te.compute((2, 8, 40), lambda i, j, c: a[i, j, c] - total(i, j), "centered")
+
+    kept = []
+    for i in range(40):
+        kept.append((schedule_kernel(function([(2, 8, 40)], centered), TARGET)[0], [object() for _ in range(i % 7)]))
+        if i % 3 == 2:
+            kept.pop(1)
+    assert all(tvm_ffi.structural_equal(kept[0][0], other) for other, _ in kept)
 
 
 def test_compound_sizes_get_names_and_equal_kernels_are_merged():
