@@ -3,13 +3,12 @@
     for (batch, strip of rows, chunk of columns):        parallel
         strip[rows, K] = int16(row operand)              zero point subtracted
         for column tile of the chunk:
-            panel[K/2, 16, 2] = int16(column operand)
             for row tile of the strip:
-                acc[MR, 16] = sum over pairs of depths of strip * panel         registers
+                acc[MR, 16] = sum over pairs of depths of strip * int16(column operand)         registers
                 out = epilogue(acc)
 
-Widening takes one conversion per factor, where the tile uses it 16 (a row's) or as often as there are rows (a
-column's); in memory both stay 8 bits wide.
+A factor of a row is widened once for all columns. Columns packed for the instruction are widened where they are read,
+a vector for each vector of the tile; others are first gathered into a panel.
 """
 
 from __future__ import annotations
@@ -24,11 +23,13 @@ from optc.backends.kernels import integer_dot, loops
 from optc.backends.kernels.fused import Axes, Fused, Reader, take_apart
 from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, DEPTH_BLOCK, PANEL_DEPTH, TEMPLATE
 from optc.backends.kernels.integer_dot import put, vector_at
-from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, spans, tile_rows
+from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, tile_rows
 from optc.backends.kernels.integer_winograd import Winograd, choose
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
 _ACCUMULATORS = 12
+Columns = tuple[Any, Any]
+"""A buffer of packed columns and where those of a tile begin."""
 
 
 def schedule(function: Any, target: Target) -> Any:
@@ -55,6 +56,8 @@ class _Generator:
         notes = fused.core.annotations
         row_operand, self.column_operand = fused.core.body.value.b.a, fused.core.body.value.b.b
         self.packed = bool(int(notes["optc.packed"]))
+        # The pairs of packed columns are those of the instruction: they are widened as they are read.
+        self.direct = self.packed and self.dot.group == 2
         positions = [int(i) for i in notes["optc.rows"]]
         axes, last = fused.spatial, len(fused.spatial.variables) - 1
         others = [i for i in range(last) if i not in positions]
@@ -109,7 +112,9 @@ class _Generator:
         """Return the work of one task: ``share`` column tiles from ``first`` of strip ``s``."""
         places = self.batch.at(b)
         rows, allocate_rows = self.rows.allocate()
-        panel, allocate_panel = loops.scratch("panel", self.per_block * self.rows.chunk * self.nr, "int16")
+        panel, allocate_panel = None, None
+        if not self.direct:
+            panel, allocate_panel = loops.scratch("panel", self.per_block * self.rows.chunk * self.nr, "int16")
         several = static(self.blocks) != 1
         row_tiles = loops.ceildiv(self.rows.count(s), self.mr)
         size = (loops.ceildiv(self.rows.height, self.mr) * self.mr if several else self.mr) * self.nr
@@ -117,29 +122,37 @@ class _Generator:
         start = s * self.rows.height
 
         def body(here: Any, t: Any) -> Any:
-            def one(i: Any) -> Any:
+            def one(i: Any, columns: Columns) -> Any:
                 def finish(acc: Any) -> Any:
                     count = loops.smaller(self.mr, here - i * self.mr)
                     return self._finish_tile(places, start + i * self.mr, count, t, acc, totals)
 
-                return self._product(rows, i * self.mr, loops.index(0), self.segments, panel, None, finish)
+                return self._product(rows, i * self.mr, loops.index(0), self.segments, columns, None, finish)
 
-            widen = self._widen_columns(places, t, loops.index(0), self.segments, panel)
-            return sequence(widen, loop("i", row_tiles, one))
+            return self._with_columns(
+                places,
+                t,
+                loops.index(0),
+                self.segments,
+                panel,
+                lambda columns: loop("i", row_tiles, lambda i: one(i, columns)),
+            )
 
         def body_in_blocks(here: Any, t: Any) -> Any:
             def block(k: Any) -> Any:
                 first = k * self.per_block
                 count = loops.smaller(self.per_block, self.segments - first)
 
-                def part(i: Any) -> Any:
+                def part(i: Any, columns: Columns) -> Any:
                     at = i * self.mr * self.nr
                     keep = (totals, at)
                     return self._product(
-                        rows, i * self.mr, first, count, panel, keep, lambda acc: self._copy(acc, 0, totals, at)
+                        rows, i * self.mr, first, count, columns, keep, lambda acc: self._copy(acc, 0, totals, at)
                     )
 
-                return sequence(self._widen_columns(places, t, first, count, panel), loop("i", row_tiles, part))
+                return self._with_columns(
+                    places, t, first, count, panel, lambda columns: loop("i", row_tiles, lambda i: part(i, columns))
+                )
 
             zero = tirx.const(0, "int32")
             return sequence(
@@ -159,34 +172,38 @@ class _Generator:
             loop("t", loops.smaller(share, self.tiles - first), lambda t: bind("tile", first + t, tile)),
         )
 
+    def _with_columns(
+        self, places: dict[Any, Any], t: Any, first: Any, count: Any, panel: Any, use: Callable[[Columns], Any]
+    ) -> Any:
+        """Return ``use`` of ``count`` segments from ``first`` of column tile ``t``: packed ones where they lie."""
+        if not self.direct:
+            return sequence(self._widen_columns(places, t, first, count, panel), use((panel, loops.index(0))))
+        packed = self._packed_tile(places, t)
+        origin = packed.indices[0] + first * (self.rows.chunk * self.nr)
+        return bind("origin", origin, lambda o: use((packed.source, o)))
+
+    def _packed_tile(self, places: dict[Any, Any], t: Any) -> Any:
+        """Return the flat read of the first element of packed column tile ``t``."""
+        (source,) = loops.loads(self.column_operand)
+        shape = source.source.shape
+        first = tirx.BufferLoad(source.source, [*source.indices[: len(shape) - 4], t, 0, 0, 0])
+        return self.reader.value(first, places)
+
     def _widen_columns(self, places: dict[Any, Any], t: Any, first: Any, count: Any, panel: Any) -> Any:
         """Return the copy of ``count`` segments from ``first`` of column tile ``t`` into the panel."""
         group, chunk = self.dot.group, self.rows.chunk
-        packed = None
-        if self.packed:
-            (source,) = loops.loads(self.column_operand)
-            shape = source.source.shape
-            lead = [tirx.BufferLoad(source.source, [*source.indices[: len(shape) - 4], t, 0, 0, 0])]
-            packed = self.reader.value(lead[0], places)
 
-        def copy(origin: Any) -> Any:
-            assert packed is not None
-
-            def value(i: Any) -> Any:
-                return load(packed.source, origin + i).astype("int16")
-
-            if group == 2:
-                return spans(
-                    self.reader, count * chunk * self.nr, 2 * self.dot.lanes, lambda i: store(panel, i, value(i))
-                )
-
+        def copy(packed: Any, origin: Any) -> Any:
             def element(k: Any, j: Any) -> Any:
-                return store(panel, k * self.nr + j, value(((k // 2) * self.nr + j) * 2 + k % 2))
+                value = load(packed, origin + ((k // 2) * self.nr + j) * 2 + k % 2)
+                return store(panel, k * self.nr + j, value.astype("int16"))
 
             return loop("k", count * chunk, lambda k: loop("j", self.nr, lambda j: element(k, j)))
 
-        if packed is not None:
-            return bind("origin", packed.indices[0] + first * (chunk * self.nr), copy)
+        if self.packed:
+            packed = self._packed_tile(places, t)
+            origin = packed.indices[0] + first * (chunk * self.nr)
+            return bind("origin", origin, lambda o: copy(packed.source, o))
         k_total = self.reader.size(self.reduced.total)
 
         def element(k: Any, j: Any) -> Any:
@@ -201,7 +218,7 @@ class _Generator:
         return loop("k", count * chunk, lambda k: loop("j", self.nr, lambda j: element(k, j)))
 
     def _product(
-        self, rows: Any, r: Any, first: Any, count: Any, panel: Any, keep: Any, finish: Callable[[Any], Any]
+        self, rows: Any, r: Any, first: Any, count: Any, columns: Columns, keep: Any, finish: Callable[[Any], Any]
     ) -> Any:
         """Return the register tile of strip rows ``r`` and following over ``count`` segments from ``first``.
 
@@ -220,7 +237,8 @@ class _Generator:
             def step(k: Any, offset: Any, origin: Any) -> Any:
                 def update(i: int, v: int) -> Any:
                     left = vector_at(rows, bases[i] + offset + k * group, group)
-                    right = vector_at(panel, origin + (k * nr + v) * group, lanes * group)
+                    right = vector_at(columns[0], origin + (k * nr + v) * group, lanes * group)
+                    right = right.astype(f"int16x{lanes * group}")
                     return put(acc, i * nr + v, lanes, self.dot.add(vector_at(acc, i * nr + v, lanes), left, right))
 
                 return sequence(*(update(i, v) for i, v in vectors))
@@ -228,7 +246,7 @@ class _Generator:
             def steps(offset: Any, origin: Any) -> Any:
                 return loop("k", chunk // group, lambda k: step(k, offset, origin))
 
-            return bind("offset", offset, lambda o: bind("origin", g * (chunk * nr), lambda p: steps(o, p)))
+            return bind("offset", offset, lambda o: bind("start", columns[1] + g * (chunk * nr), lambda p: steps(o, p)))
 
         if keep is None:
             zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
