@@ -11,7 +11,7 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from optc.backends.kernels import loops
+from optc.backends.kernels import loops, rounding
 from optc.backends.kernels.loops import load, plain, replace
 
 REDUCTION = 2
@@ -232,6 +232,7 @@ class Reader:
     def store(self, places: Mapping[Any, Any], flat: Sequence[tuple[Axes, Any]], result: Any) -> Any:
         """Return the store of the epilogue at ``places``, where ``result`` is what the core computed there."""
         value = self.value(self.fused.epilogue, places, flat=flat, given={self.fused.accumulator: result})
+        value = rounding.simplify(value)
         slot = tirx.BufferLoad(self.fused.output, self.fused.spatial.variables)
         position = self.value(slot, places, flat=flat)
         return tirx.BufferStore(position.source, value, list(position.indices))

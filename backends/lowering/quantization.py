@@ -24,14 +24,12 @@ def saturate(value: Any, zero_point: Any, dtype: str) -> Any:
     """Return ``round_half_even(value) + zero_point`` (int32, or None for 0) clamped to ``dtype``."""
     info = np.iinfo(dtype)
     work = vm.dtype_of(value)
-    # The range is clamped before the conversion: what does not fit int32 would be undefined.
-    bound = tirx.const(2.0**30, work)
-    rounded = tirx.nearbyint(tirx.min(bound, tirx.max(tirx.const(-(2.0**30), work), value)))
-    total = rounded.astype("int32")
+    low, high = (tirx.const(float(bound), work) for bound in (info.min, info.max))
     if zero_point is not None:
-        total = total + zero_point
-    clamped = tirx.min(tirx.const(int(info.max), "int32"), tirx.max(tirx.const(int(info.min), "int32"), total))
-    return clamped.astype(dtype)
+        low, high = low - zero_point.astype(work), high - zero_point.astype(work)
+    # Clamped before it is rounded to an integer, between integers: what does not fit int32 would be undefined.
+    total = tirx.nearbyint(tirx.min(tirx.max(value, low), high)).astype("int32")
+    return (total if zero_point is None else total + zero_point).astype(dtype)
 
 
 class _Parameter:

@@ -1,0 +1,72 @@
+"""Cheaper conversions of rounded numbers: equal bit by bit, and only where the bounds allow them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import te, tirx
+
+from optc.backends.kernels import rounding
+from optc.backends.lowering.quantization import saturate
+
+
+def compute(a, make, change):
+    return lambda i: change(make(a(i)))
+
+
+def run(make, x, dtype):
+    """Return ``make`` of every element, simplified."""
+    a = te.placeholder((len(x),), "float32", "a")
+    results = []
+    for change in (lambda e: e, rounding.simplify):
+        b = te.compute((len(x),), compute(a, make, change), "b")
+        library = tvm.compile(te.create_prim_func([a, b]).with_attr("global_symbol", "main"), target="llvm")
+        out = tvm.runtime.tensor(np.zeros(len(x), dtype))
+        library["main"](tvm.runtime.tensor(x), out)
+        results.append(out.numpy())
+    return results
+
+
+def values():
+    rng = np.random.default_rng(0)
+    ties = np.arange(-70000, 70000, dtype=np.float32) + np.float32(0.5)
+    near = np.nextafter(ties, np.float32(0))
+    odd = np.array([0, -0.0, 1e-40, np.inf, -np.inf, np.nan, 3e38, -3e38, 2**31, -(2.0**31)], np.float32)
+    return np.concatenate([ties, near, odd, rng.normal(0, 300, 4096).astype(np.float32)])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16"])
+@pytest.mark.parametrize("zero", [None, 3, -7])
+def test_quantized(dtype, zero):
+    zero = None if zero is None else tirx.const(zero, "int32")
+    x = values()
+    plain, simple = run(lambda v: saturate(v, zero, dtype), x, dtype)
+    np.testing.assert_array_equal(plain, simple)
+    info, offset = np.iinfo(dtype), 0 if zero is None else int(zero.value)
+    expected = np.clip(np.rint(np.nan_to_num(x, nan=-np.inf).astype(np.float64)) + offset, info.min, info.max)
+    np.testing.assert_array_equal(simple, expected.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize(("zero", "other"), [(0, 0), (5, 5), (5, 4)])
+def test_quantized_and_dequantized(dtype, zero, other):
+    def there_and_back(v):
+        q = saturate(v, tirx.const(zero, "int32"), dtype)
+        return (q.astype("int32") - tirx.const(other, "int32")).astype("float32") * tirx.const(0.3, "float32")
+
+    np.testing.assert_array_equal(*run(there_and_back, values(), "float32"))
+    v = tirx.Var("v", "float32")
+    casts = str(rounding.simplify(there_and_back(v))).count("Cast")
+    assert casts == 0 if zero == other else casts > 0
+
+
+def test_what_has_no_bounds_stays():
+    v = tirx.Var("v", "float32")
+    free = tirx.nearbyint(v).astype("int32")
+    wide = tirx.nearbyint(tirx.min(tirx.max(v, tirx.const(-1e9, "float32")), tirx.const(1e9, "float32"))).astype(
+        "int32"
+    )
+    half = tirx.nearbyint(tirx.min(v, tirx.const(9.0, "float32"))).astype("int32")
+    for expression in (free, wide, half):
+        tvm.ir.assert_structural_equal(rounding.simplify(expression), expression)
