@@ -246,7 +246,7 @@ class _Tiles:
     def _scores(self, g: Any, row: Any, origin: Any, t: Any, best: Any) -> Any:
         """Return one register tile of the first product, masked, and the maximum of each query."""
         o, mr, size, lanes = self.o, self.mr, self.block, self.lanes
-        acc, allocate = loops.scratch("acc", mr * size, o.dtype)
+        acc, allocate = loops.tile("acc", mr, size, o.dtype)
         keys = [tirx.Var(f"j{i}", "int64") for i in range(mr)]
         places = [loops.smaller(origin + t * mr + i, o.keys - 1) for i in range(mr)]
         bindings = [tirx.Bind(key, loops.index(place)) for key, place in zip(keys, places, strict=True)]
@@ -254,18 +254,17 @@ class _Tiles:
         slots = [(i, v) for i in range(mr) for v in range(0, size, lanes)]
 
         def clear(i: int, v: int, lane: Any) -> Any:
-            return store(acc, i * size + v + lane, o.const(0.0))
+            return store(acc[i], v + lane, o.const(0.0))
 
         def update(d: Any, i: int, v: int, lane: Any) -> Any:
-            at = i * size + v + lane
             product = o.key(*self.at, keys[i], d) * load(self.query, base + d * size + v + lane)
-            return store(acc, at, load(acc, at) + product)
+            return store(acc[i], v + lane, load(acc[i], v + lane) + product)
 
         def step(d: Any) -> Any:
             return sequence(*(self._lanes(partial(update, d, i, v)) for i, v in slots))
 
         def finish(i: int, q: Any) -> Any:
-            score = o.mask(load(acc, i * size + q), *self.at, self._row(row + q), keys[i])
+            score = o.mask(load(acc[i], q), *self.at, self._row(row + q), keys[i])
             return store(self.weight, (t * mr + i) * size + q, score)
 
         def compare(i: int, q: Any) -> Any:
@@ -273,7 +272,7 @@ class _Tiles:
 
         return sequence(
             *bindings,
-            allocate,
+            *allocate,
             *(self._lanes(partial(clear, i, v)) for i, v in slots),
             loop("d", o.depth, step),
             *(self._vectors(partial(finish, i)) for i in range(mr)),
@@ -283,7 +282,7 @@ class _Tiles:
     def _sums(self, g: Any, here: Any, correction: Any, first: Any, span: int, lanes: int) -> Any:
         """Return the second product for some columns: weights times values, added to the corrected sums."""
         o, size, qr = self.o, self.block, self.qr
-        acc, allocate = loops.scratch("sums", qr * span, o.dtype)
+        acc, allocate = loops.tile("sums", qr, span, o.dtype)
         slots = [(i, v) for i in range(qr) for v in range(0, span, lanes)]
 
         def each(make: Callable[[int, Any], Any]) -> list[Any]:
@@ -294,18 +293,18 @@ class _Tiles:
                 return (g * size + q * qr + i) * o.width + first + v
 
             def begin(i: int, v: Any) -> Any:
-                return store(acc, i * span + v, load(self.out, place(i, v)) * load(correction, q * qr + i))
+                return store(acc[i], v, load(self.out, place(i, v)) * load(correction, q * qr + i))
 
             def update(j: Any, i: int, v: Any) -> Any:
                 value = load(self.panel, self.kb * first + j * span + v)
                 product = load(self.weight, j * size + q * qr + i) * value
-                return store(acc, i * span + v, load(acc, i * span + v) + product)
+                return store(acc[i], v, load(acc[i], v) + product)
 
             return sequence(
-                allocate,
+                *allocate,
                 *each(begin),
                 loop("j", here, lambda j: sequence(*each(partial(update, j)))),
-                *each(lambda i, v: store(self.out, place(i, v), load(acc, i * span + v))),
+                *each(lambda i, v: store(self.out, place(i, v), load(acc[i], v))),
             )
 
         return loop("q", size // qr, tile)

@@ -216,8 +216,8 @@ class _Generator:
     def _micro(self, places: dict[Any, Any], r: Any, t: Any, column: Any) -> Any:
         """Return the register tile of row tile ``r`` and column tile ``t``, with its epilogue."""
         lanes = self.lanes
-        acc, allocate = loops.scratch("acc", self.mr * self.nr, self.dtype)
-        vectors = [(i, i * self.nr + v, v) for i in range(self.mr) for v in range(0, self.nr, lanes)]
+        acc, allocate = loops.tile("acc", self.mr, self.nr, self.dtype)
+        vectors = [(i, v) for i in range(self.mr) for v in range(0, self.nr, lanes)]
         zero = tirx.const(0, self.dtype)
         exact = loops.static(self.r) is not None and self.r % self.mr == 0
 
@@ -228,19 +228,19 @@ class _Generator:
             where = {**places, **self.rows.at(position), **self.reduced.at(k)}
             return self.reader.value(self.row_operand, where, flat=[(self.rows, position), (self.reduced, k)])
 
-        def clear(at: int) -> Any:
-            return self.reader.lanewise(lanes, lambda lane: store(acc, at + lane, zero))
+        def clear(i: int, v: int) -> Any:
+            return self.reader.lanewise(lanes, lambda lane: store(acc[i], v + lane, zero))
 
-        def update(i: int, at: int, v: int, k: Any) -> Any:
+        def update(i: int, v: int, k: Any) -> Any:
             def element(lane: Any) -> Any:
-                return store(acc, at + lane, load(acc, at + lane) + row(i, k) * column(k, v + lane))
+                return store(acc[i], v + lane, load(acc[i], v + lane) + row(i, k) * column(k, v + lane))
 
             return self.reader.lanewise(lanes, element)
 
         return sequence(
-            allocate,
-            *(clear(at) for _, at, _ in vectors),
-            loop("k", self.k, lambda k: sequence(*(update(i, at, v, k) for i, at, v in vectors))),
+            *allocate,
+            *(clear(i, v) for i, v in vectors),
+            loop("k", self.k, lambda k: sequence(*(update(i, v, k) for i, v in vectors))),
             self._store(places, r, t, acc, exact),
         )
 
@@ -262,7 +262,7 @@ class _Generator:
         def vectors(i: int) -> Any:
             return sequence(
                 *(
-                    self.reader.lanewise(lanes, lambda lane, v=v: put(load(acc, i * nr + v + lane), i, v + lane))
+                    self.reader.lanewise(lanes, lambda lane, v=v: put(load(acc[i], v + lane), i, v + lane))
                     for v in range(0, nr, lanes)
                 )
             )
@@ -272,8 +272,9 @@ class _Generator:
             return whole
         tail = self.tail
         copies = [
-            self.reader.lanewise(lanes, lambda lane, p=p: store(tail, p + lane, load(acc, p + lane)))
-            for p in range(0, mr * nr, lanes)
+            self.reader.lanewise(lanes, lambda lane, i=i, v=v: store(tail, i * nr + v + lane, load(acc[i], v + lane)))
+            for i in range(mr)
+            for v in range(0, nr, lanes)
         ]
         here = loops.smaller(nr, self.n - t * nr)
         partial = loop("i", mr, lambda i: guarded(i, loop("j", here, lambda j: put(load(tail, i * nr + j), i, j))))

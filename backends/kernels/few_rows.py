@@ -1,7 +1,7 @@
 """The schedule of packed contractions with one to four rows: all time goes into reading the weights once.
 
     for tile:                                      parallel
-        acc[rows, streams, 16] = sum over k of row_operand[rows, k] * packed[streams, k, 16]       registers
+        acc[rows, streams, W] = sum over k of row_operand[rows, k] * packed[streams, k, W]         registers
         out = epilogue(acc)
 
 One stream of reads does not use what memory can give: prefetchers in hardware follow each stream only within a page.
@@ -97,19 +97,17 @@ class _Generator:
         return named([])
 
     def _panels(self, panels: list[Any]) -> Any:
-        m, lanes, span = self.m, self.lanes, len(panels) * self.width
-        acc, allocate = loops.scratch("acc", m * span, self.dtype)
+        m, lanes = self.m, self.lanes
+        tiles = [loops.tile(f"acc{i}_", len(panels), self.width, self.dtype) for i in range(m)]
+        acc = [buffers for buffers, _ in tiles]
         slots = [(i, s, v) for i in range(m) for s in range(len(panels)) for v in range(0, self.width, lanes)]
-
-        def at(i: int, s: int, v: Any) -> Any:
-            return i * span + s * self.width + v
 
         def row(i: int, k: Any) -> Any:
             where = {**self.rows.at(loops.index(i)), **self.reduced.at(k)}
             return self.reader.value(self.row_operand, where, flat=[(self.rows, loops.index(i)), (self.reduced, k)])
 
         def update(k: Any, i: int, s: int, v: Any) -> Any:
-            return store(acc, at(i, s, v), load(acc, at(i, s, v)) + row(i, k) * self._weight(panels[s], k, v))
+            return store(acc[i][s], v, load(acc[i][s], v) + row(i, k) * self._weight(panels[s], k, v))
 
         def put(i: int, s: int, j: Any, value: Any) -> Any:
             position = panels[s] * self.width + j
@@ -127,7 +125,7 @@ class _Generator:
 
         def result(s: int) -> Any:
             def vector(i: int, v: int) -> Any:
-                return self.reader.lanewise(lanes, lambda lane: put(i, s, v + lane, load(acc, at(i, s, v + lane))))
+                return self.reader.lanewise(lanes, lambda lane: put(i, s, v + lane, load(acc[i][s], v + lane)))
 
             whole = sequence(*(vector(i, v) for i in range(m) for v in range(0, self.width, lanes)))
             if not self.n % self.width or (s + 1) * self.tiles < self.panels:
@@ -137,9 +135,7 @@ class _Generator:
 
         def copied(i: int, s: int) -> Any:
             def copy(v: int) -> Any:
-                return self.reader.lanewise(
-                    lanes, lambda lane: store(self.tail, v + lane, load(acc, at(i, s, v + lane)))
-                )
+                return self.reader.lanewise(lanes, lambda lane: store(self.tail, v + lane, load(acc[i][s], v + lane)))
 
             rest = self.n % self.width
             stores = loop("j", rest, lambda j: put(i, s, j, load(self.tail, j)))
@@ -147,8 +143,8 @@ class _Generator:
 
         zero = tirx.const(0, self.dtype)
         return sequence(
-            allocate,
-            *each(lambda i, s, v: store(acc, at(i, s, v), zero)),
+            *(allocate for _, allocations in tiles for allocate in allocations),
+            *each(lambda i, s, v: store(acc[i][s], v, zero)),
             loop("k", self.depth, step),
             *(result(s) for s in range(len(panels))),
         )

@@ -84,6 +84,15 @@ def scratch(name: str, size: Any, dtype: str) -> tuple[Any, Any]:
     return buffer, tirx.AllocBuffer(buffer)
 
 
+def tile(name: str, rows: int, size: int, dtype: str) -> tuple[list[Any], list[Any]]:
+    """Return a scratch buffer of ``size`` for each row of a register tile, and the statements that allocate them.
+
+    All rows of a tile of 512-bit vectors in one buffer would be too large for the stack.
+    """
+    buffers, allocations = zip(*(scratch(f"{name}{i}", size, dtype) for i in range(rows)), strict=True)
+    return list(buffers), list(allocations)
+
+
 def unravel(flat: Any, extents: Sequence[Any]) -> list[Any]:
     """Return the row-major coordinates of ``flat`` in a box of ``extents``."""
     coordinates: list[Any] = []

@@ -217,9 +217,9 @@ class PackedGenerator:
         mr, lanes, r = self.mr, self.lanes, first + step
         ahead, ahead_bindings = self._next_panel(places, step, t, block)
         vectors = -(-width // lanes)
-        acc, allocate = loops.scratch("acc", mr * vectors * lanes, self.dtype)
+        acc, allocate = loops.tile("acc", mr, vectors * lanes, self.dtype)
         zero = tirx.const(0, self.dtype)
-        spots = [(i, v, (i * vectors + v) * lanes) for i in range(mr) for v in range(vectors)]
+        spots = [(i, v * lanes) for i in range(mr) for v in range(vectors)]
         rows = [self._row_places(places, r, i) for i in range(mr)]
         starts, bindings = self._starts(rows)
 
@@ -227,24 +227,24 @@ class PackedGenerator:
             step = self._step(k, at, places)
             left = [step(rows[i], starts[i] if starts else None) for i in range(mr)]
 
-            def element(i: int, v: int, spot: int) -> Any:
+            def element(i: int, spot: int) -> Any:
                 def lane(offset: Any) -> Any:
-                    right = self._column(places, t, k, v * lanes + offset)
-                    return store(acc, spot + offset, load(acc, spot + offset) + left[i] * right)
+                    right = self._column(places, t, k, spot + offset)
+                    return store(acc[i], spot + offset, load(acc[i], spot + offset) + left[i] * right)
 
                 return self.reader.lanewise(lanes, lane)
 
             return sequence(ahead(k), *(element(*spot) for spot in spots))
 
-        begin = [self.reader.lanewise(lanes, lambda lane, s=s: store(acc, s + lane, zero)) for _, _, s in spots]
+        begin = [self.reader.lanewise(lanes, lambda lane, i=i, s=s: store(acc[i], s + lane, zero)) for i, s in spots]
         end = self._store(places, r, t, acc, width)
         if self.blocks > 1:
-            kept = sums + step * (mr * self.nr)
-            read = [_copy_lanes(self.reader, lanes, self.sums, kept + s, acc, s) for _, _, s in spots]
-            write = [_copy_lanes(self.reader, lanes, acc, s, self.sums, kept + s) for _, _, s in spots]
+            kept = [sums + step * (mr * self.nr) + i * (vectors * lanes) for i in range(mr)]
+            read = [_copy_lanes(self.reader, lanes, self.sums, kept[i] + s, acc[i], s) for i, s in spots]
+            write = [_copy_lanes(self.reader, lanes, acc[i], s, self.sums, kept[i] + s) for i, s in spots]
             begin = [tirx.IfThenElse(block.begin > 0, sequence(*read), sequence(*begin))]
             end = tirx.IfThenElse(block.begin + block.count < self.outer, sequence(*write), end)
-        return sequence(allocate, *bindings, *ahead_bindings, *begin, self._over_reduced(update, block), end)
+        return sequence(*allocate, *bindings, *ahead_bindings, *begin, self._over_reduced(update, block), end)
 
     def _row_places(self, places: dict[Any, Any], r: Any, i: int) -> tuple[dict[Any, Any], Any]:
         position = r * self.mr + i
@@ -323,7 +323,6 @@ class PackedGenerator:
         """Return the epilogue: whole vectors, and the rest of a row element by element."""
         lanes = self.lanes
         whole, rest = divmod(width, lanes)
-        pitch = -(-width // lanes) * lanes
 
         def put(value: Any, i: Any, j: Any) -> Any:
             row, column = r * self.mr + i, t * self.nr + j
@@ -339,7 +338,7 @@ class PackedGenerator:
             starts = [v * lanes for v in range(whole)]
             return sequence(
                 *(
-                    self.reader.lanewise(lanes, lambda lane, j=j: put(load(acc, i * pitch + j + lane), i, j + lane))
+                    self.reader.lanewise(lanes, lambda lane, j=j: put(load(acc[i], j + lane), i, j + lane))
                     for j in starts
                 )
             )
@@ -351,7 +350,7 @@ class PackedGenerator:
         copies = [
             self.reader.lanewise(
                 lanes,
-                lambda lane, i=i: store(self.tail, i * lanes + lane, load(acc, i * pitch + whole * lanes + lane)),
+                lambda lane, i=i: store(self.tail, i * lanes + lane, load(acc[i], whole * lanes + lane)),
             )
             for i in range(self.mr)
         ]

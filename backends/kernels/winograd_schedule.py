@@ -220,31 +220,31 @@ class _Generator:
 
         def block(r: Any, start: Any) -> Any:
             lanes, mr, width = self.lanes, self.mr, self.vectors
-            acc, allocate = loops.scratch("acc", mr * self.panel, "float32")
+            acc, allocate = loops.tile("acc", mr, self.panel, "float32")
             zero = tirx.const(0, "float32")
-            spots = [(i, k, (i * width + k) * lanes) for i in range(mr) for k in range(width)]
+            spots = [(i, k * lanes) for i in range(mr) for k in range(width)]
             row, bind_row = tirx.Var("row", "int64"), (e * slots + r * mr) * self.depth
             out, bind_out = tirx.Var("out", "int64"), (e * slots + r * mr) * (self.panels * self.panel) + p * self.panel
             ahead, bind_ahead = tirx.Var("ahead", "int64"), start + size + r * (self.depth * step)
 
             def update(c: Any) -> Any:
-                def lane(i: int, k: int, spot: int, o: Any) -> Any:
+                def lane(i: int, spot: int, o: Any) -> Any:
                     left = load(v, row + i * self.depth + c)
-                    right = load(view, start + c * self.panel + k * lanes + o)
-                    return store(acc, spot + o, load(acc, spot + o) + left * right)
+                    right = load(view, start + c * self.panel + spot + o)
+                    return store(acc[i], spot + o, load(acc[i], spot + o) + left * right)
 
                 fetch = tirx.Evaluate(prefetch(load(view, ahead + c * step))) if self.far else None
                 return sequence(fetch, *(self.reader.lanewise(lanes, partial(lane, *spot)) for spot in spots))
 
-            def put(i: int, k: int, spot: int, o: Any) -> Any:
-                return store(m, out + i * (self.panels * self.panel) + k * lanes + o, load(acc, spot + o))
+            def put(i: int, spot: int, o: Any) -> Any:
+                return store(m, out + i * (self.panels * self.panel) + spot + o, load(acc[i], spot + o))
 
             return sequence(
-                allocate,
+                *allocate,
                 tirx.Bind(row, loops.index(bind_row)),
                 tirx.Bind(out, loops.index(bind_out)),
                 tirx.Bind(ahead, loops.index(bind_ahead)) if self.far else None,
-                *(self.reader.lanewise(lanes, lambda o, s=s: store(acc, s + o, zero)) for _, _, s in spots),
+                *(self.reader.lanewise(lanes, lambda o, i=i, s=s: store(acc[i], s + o, zero)) for i, s in spots),
                 loop("c", self.depth, update),
                 *(self.reader.lanewise(lanes, partial(put, *spot)) for spot in spots),
             )

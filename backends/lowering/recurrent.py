@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
+from optc.backends.kernels import register_tile
 from optc.backends.kernels import vector_math as vm
+from optc.backends.kernels.fused import bits
 from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
 from optc.backends.lowering.emit import as_index
@@ -25,7 +27,6 @@ from optc.backends.lowering.table import Table
 
 TABLE = Table()
 
-LANES = 8
 _DEFAULTS = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 _ALPHA = {"LeakyRelu": 0.01, "Elu": 1.0, "HardSigmoid": 0.2, "ThresholdedRelu": 1.0, "Affine": 1.0, "ScaledTanh": 1.0}
@@ -45,6 +46,7 @@ class _Cell:
     batch: Any
     hidden: int
     gates: int
+    lanes: int
     width: int
     compute: str
     activations: list[list[Activation]]
@@ -109,6 +111,8 @@ def recurrent(site: Site) -> Any:
     direction = site.attr("direction", "forward")
     backward = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}[direction]
     compute = "float64" if site.dtype(0) == "float64" else "float32"
+    lanes = site.target.lanes(bits(compute))
+    widths = (lanes * vectors for vectors in (register_tile.IN_FLIGHT, 4, 2))
     cell = _Cell(
         site=site,
         directions=backward,
@@ -117,7 +121,8 @@ def recurrent(site: Site) -> Any:
         batch=batch,
         hidden=hidden,
         gates=gates,
-        width=next((w for w in (64, 32, 16) if gates * hidden >= w), LANES),
+        lanes=lanes,
+        width=next((w for w in widths if gates * hidden >= w), lanes),
         compute=compute,
         activations=_activations(site, len(backward)),
         operands={},
@@ -283,12 +288,12 @@ def _run_direction(
 @contextmanager
 def _elements(cell: _Cell) -> Iterator[Any]:
     """Loop over the hidden elements, in vectors if they fill them."""
-    if cell.hidden % LANES:
+    if cell.hidden % cell.lanes:
         with loop(cell.hidden) as (j,):
             yield j
     else:
-        with loop(cell.hidden // LANES) as (outer,), loop(LANES, kind="vectorized") as (inner,):
-            yield outer * LANES + inner
+        with loop(cell.hidden // cell.lanes) as (outer,), loop(cell.lanes, kind="vectorized") as (inner,):
+            yield outer * cell.lanes + inner
 
 
 def _multiply(
@@ -304,21 +309,21 @@ def _multiply(
 
     Whole panels are written, also the columns before ``first_gate`` in its first panel.
     """
-    width, weights = cell.width, ins[cell.operands["weights"]]
+    width, lanes, weights = cell.width, cell.lanes, ins[cell.operands["weights"]]
     begin = first_gate * cell.hidden // width
     with loop(cell.columns // width - begin, cell.batch if only is None else 1) as (offset, entry):
         panel = offset + begin
         b = entry if only is None else only
         total = imperative.cells([width], cell.compute)
-        with loop(width // LANES, kind="unroll") as (u,), loop(LANES, kind="vectorized") as (v,):
-            total[u * LANES + v] = 0
+        with loop(width // lanes, kind="unroll") as (u,), loop(lanes, kind="vectorized") as (v,):
+            total[u * lanes + v] = 0
         with loop(cell.hidden) as (k,):
-            with loop(width // LANES, kind="unroll") as (u,), loop(LANES, kind="vectorized") as (v,):
-                j = u * LANES + v
+            with loop(width // lanes, kind="unroll") as (u,), loop(lanes, kind="vectorized") as (v,):
+                j = u * lanes + v
                 weight = vm.convert(weights[direction, panel, k, j], cell.compute)
                 total[j] = total[j] + state[b, k] * weight
-        with loop(width // LANES, kind="unroll") as (u,), loop(LANES, kind="vectorized") as (v,):
-            sums[b, panel * width + u * LANES + v] = total[u * LANES + v]
+        with loop(width // lanes, kind="unroll") as (u,), loop(lanes, kind="vectorized") as (v,):
+            sums[b, panel * width + u * lanes + v] = total[u * lanes + v]
 
 
 def _inputs(cell: _Cell, ins: list[Cells], direction: int, gate: int, row: Any, j: Any) -> Any:
