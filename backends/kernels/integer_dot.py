@@ -21,6 +21,15 @@ class Dot:
     name: str
     group: int
     lanes: int
+    registers: int
+
+    def rows(self, columns: int) -> int:
+        """Return how many rows of ``columns`` sums stay in registers beside a vector each, a row's value, a product.
+
+        TVM keeps less than 1 KiB of sums on the stack.
+        """
+        vectors = columns // self.lanes
+        return max(1, min((self.registers - vectors - 2) // vectors, 1023 // (4 * columns)))
 
     def add(self, total: Any, row: Any, column: Any) -> Any:
         """Return ``total + dot(row, column)``: int32 lanes, ``group`` int16 values, ``lanes * group`` int16 values."""
@@ -38,9 +47,9 @@ def choose(target: Target) -> Dot:
         bits = min(target.vector_bits, 512 if "avx512bw" in target.features else 256)
         if bits == 256 and "avx2" not in target.features:
             bits = 128
-        return Dot(_PMADDWD[bits], 2, bits // 32)
+        return Dot(_PMADDWD[bits], 2, bits // 32, target.registers)
     # Widening multiply-add of 16-bit lanes, which LLVM finds by itself (smlal on Arm).
-    return Dot("widen", 1, max(1, target.vector_bits // 32))
+    return Dot("widen", 1, target.lanes(32), target.registers)
 
 
 def vector_at(buffer: Any, position: Any, lanes: int) -> Any:

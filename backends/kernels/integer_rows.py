@@ -16,14 +16,15 @@ from optc.backends.kernels.fused import Axes, Fused, Reader
 from optc.backends.kernels.integer_contraction import DEPTH_BLOCK, PANEL_DEPTH, split_depth
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
-STRIP_BYTES = 256 * 1024
-"""Bytes of widened rows that stay in the second-level cache while all columns pass over them."""
 _LEAST_ROWS = 64
 """Rows that pay for widening the columns once more."""
 
 
 class Rows(Protocol):
-    """The rows of a product, in strips. A row is ``taps`` runs of ``chunks * chunk`` neighbours."""
+    """The rows of a product, in strips. A row is ``taps`` runs of ``chunks * chunk`` neighbours.
+
+    A strip of ``strip_bytes`` stays in the second-level cache while all columns pass over it.
+    """
 
     axes: Axes
     total: Any
@@ -77,7 +78,7 @@ class MatrixRows:
 
     taps = 1
 
-    def __init__(self, fused: Fused, reader: Reader, axes: Axes, operand: Any, lanes: int) -> None:
+    def __init__(self, fused: Fused, reader: Reader, axes: Axes, operand: Any, lanes: int, strip_bytes: int) -> None:
         self.reader, self.axes, self.operand, self.lanes = reader, axes, operand, lanes
         self.reduced = fused.reduced
         self.total = reader.size(axes.total)
@@ -88,7 +89,7 @@ class MatrixRows:
         else:
             self.chunks, self.chunk = split_depth(depth)
         self.pitch = _apart(self.chunks * self.chunk)
-        fit = max(_LEAST_ROWS, STRIP_BYTES // (2 * (static(self.pitch) or PANEL_DEPTH)))
+        fit = max(_LEAST_ROWS, strip_bytes // (2 * (static(self.pitch) or PANEL_DEPTH)))
         rows = static(self.total)
         # Strips of equal height.
         self.height = fit if rows is None else max(1, -(-rows // max(1, -(-rows // fit))))
@@ -129,7 +130,7 @@ class MatrixRows:
 class WindowRows:
     """Windows over lines of an image ``[N, H, W, C]``: output pixels are rows, strips are whole lines of them."""
 
-    def __init__(self, fused: Fused, reader: Reader, axes: Axes, operand: Any, lanes: int) -> None:
+    def __init__(self, fused: Fused, reader: Reader, axes: Axes, operand: Any, lanes: int, strip_bytes: int) -> None:
         self.reader, self.axes, self.lanes = reader, axes, lanes
         notes = {
             name: [int(v) for v in fused.core.annotations[f"optc.{name}"]]
@@ -157,16 +158,16 @@ class WindowRows:
         self.chunks, self.chunk = split_depth(self.c * (self.kernel[1] if self.merged else 1))
         self.reach = [(k - 1) * d for k, d in zip(self.kernel, self.dilations, strict=True)]
         self.width = reader.size((self.columns - 1) * self.strides[1] + self.reach[1] + 1)
-        self.block = self._block()
+        self.block = self._block(strip_bytes)
         self.height = reader.size(self.block * self.columns)
         self.total = reader.size(axes.total)
         self.strips = reader.size(loops.ceildiv(self.lines, self.block))
 
-    def _block(self) -> int:
+    def _block(self, strip_bytes: int) -> int:
         """Return how many lines of output a strip has."""
         columns, lines = static(self.columns), static(self.lines)
         line = 2 * self.c * (static(self.width) or 64) * self.strides[0]
-        fit = max(STRIP_BYTES // max(1, line), -(-_LEAST_ROWS // max(1, columns or _LEAST_ROWS)))
+        fit = max(strip_bytes // max(1, line), -(-_LEAST_ROWS // max(1, columns or _LEAST_ROWS)))
         if lines is None:
             return max(1, fit)
         return max(1, -(-lines // max(1, -(-lines // max(1, fit)))))

@@ -27,7 +27,6 @@ from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, til
 from optc.backends.kernels.integer_winograd import Winograd, choose
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
-_ACCUMULATORS = 12
 Columns = tuple[Any, Any]
 """A buffer of packed columns and where those of a tile begin."""
 
@@ -52,7 +51,7 @@ class _Generator:
         self.reader = Reader(fused)
         fused = self.reader.fused
         size = self.reader.size
-        self.dot = integer_dot.choose(target)
+        self.target, self.dot = target, integer_dot.choose(target)
         notes = fused.core.annotations
         row_operand, self.column_operand = fused.core.body.value.b.a, fused.core.body.value.b.b
         self.packed = bool(int(notes["optc.packed"]))
@@ -67,10 +66,10 @@ class _Generator:
         )
         self.reduced = fused.reduced
         make = WindowRows if "optc.kernel" in notes else MatrixRows
-        self.rows: Rows = make(fused, self.reader, row_axes, row_operand, 2 * self.dot.lanes)
+        self.rows: Rows = make(fused, self.reader, row_axes, row_operand, 2 * self.dot.lanes, target.caches.l2 // 2)
         self.n, self.b = size(self.columns.total), size(self.batch.total)
         self.nr = COLUMN_BLOCK
-        self.mr = tile_rows(static(self.rows.height), max(1, _ACCUMULATORS // (self.nr // self.dot.lanes)))
+        self.mr = tile_rows(static(self.rows.height), self.dot.rows(self.nr))
         self.whole_columns = static(self.n) is not None and self.n % self.nr == 0
         self.tiles = size(loops.ceildiv(self.n, self.nr))
         segments, chunk = self.rows.taps * self.rows.chunks, self.rows.chunk
@@ -88,9 +87,8 @@ class _Generator:
             transform = choose(self.reader.fused, self.rows, static(self.n))
             if transform is not None:
                 (packed,) = loops.loads(self.column_operand)
-                return Winograd(
-                    self.reader, self.dot, self.rows, transform, self.columns, self.batch, packed
-                ).function()
+                axes = self.columns, self.batch
+                return Winograd(self.reader, self.dot, self.rows, transform, *axes, packed, self.target).function()
         # At least two tasks, for two threads.
         alone = (static(self.rows.strips) or 1) * (static(self.b) or 1) == 1
         parts = 2 if alone and (static(self.tiles) or 2) > 1 else 1

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
+from optc.backends.base import Target
 from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Axes, Fused, Reader
 from optc.backends.kernels.integer_contraction import COLUMN_BLOCK
@@ -28,11 +29,8 @@ from optc.backends.kernels.integer_dot import Dot, put, vector_at
 from optc.backends.kernels.integer_rows import WindowRows, tile_rows
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
-_DEPTH = 128
-"""Channels whose transformed filters stay in the second-level cache."""
-_STRIP_BYTES = 384 * 1024
-"""Bytes of transformed tiles that stay there as well."""
-_ACCUMULATORS = 12
+_CHANNEL_BYTES = 4 * 1024
+"""Bytes of the second-level cache for each channel of a block of transformed filters."""
 Matrix = tuple[tuple[int, ...], ...]
 
 
@@ -108,7 +106,15 @@ class Winograd:
     """Writes the loop nest of one convolution."""
 
     def __init__(
-        self, reader: Reader, dot: Dot, image: WindowRows, transform: Transform, columns: Axes, batch: Axes, packed: Any
+        self,
+        reader: Reader,
+        dot: Dot,
+        image: WindowRows,
+        transform: Transform,
+        columns: Axes,
+        batch: Axes,
+        packed: Any,
+        target: Target,
     ) -> None:
         self.reader, self.dot, self.image, self.transform = reader, dot, image, transform
         self.columns, self.batch, self.packed = columns, batch, packed
@@ -116,15 +122,16 @@ class Winograd:
         self.c, self.nr = image.c, COLUMN_BLOCK
         self.lines, self.width = int(image.lines), int(image.columns)
         self.across, self.down = -(-self.width // self.m), -(-self.lines // self.m)
-        most = max(1, _STRIP_BYTES // (2 * self.points * self.c * self.across))
+        # Transformed tiles and filters stay in the second-level cache.
+        most = max(1, target.caches.l2 * 3 // 4 // (2 * self.points * self.c * self.across))
         strips = -(-self.down // most)
         self.block = -(-self.down // strips)
         self.strips = -(-self.down // self.block)
         self.tiles = self.block * self.across
-        self.mr = tile_rows(self.tiles, max(1, _ACCUMULATORS // (self.nr // dot.lanes)))
+        self.mr = tile_rows(self.tiles, dot.rows(self.nr))
         self.rows = -(-self.tiles // self.mr) * self.mr
         image.width = self.across * self.m + 2
-        blocks = -(-self.c // _DEPTH)
+        blocks = -(-self.c // max(16, target.caches.l2 // _CHANNEL_BYTES))
         self.depth = -(-self.c // (16 * blocks)) * 16
         self.blocks = -(-self.c // self.depth)
         # What lies at one place of all points must not lie in one set of the cache: a line more between points.
