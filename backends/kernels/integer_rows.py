@@ -73,6 +73,14 @@ def _apart(pitch: Any) -> Any:
     return pitch + 32 if static(pitch) is not None and pitch % 256 == 0 else pitch
 
 
+def strip_height(total: int, fit: int, enough: int) -> int:
+    """Return the height of equal strips of at most ``fit``: an even number of them, where ``enough`` stay in each."""
+    count = -(-total // fit)
+    if total >= 2 * enough:
+        count = max(2, count + count % 2)
+    return max(1, -(-total // max(1, count)))
+
+
 class MatrixRows:
     """Rows of a matrix: one run each."""
 
@@ -91,8 +99,7 @@ class MatrixRows:
         self.pitch = _apart(self.chunks * self.chunk)
         fit = max(_LEAST_ROWS, strip_bytes // (2 * (static(self.pitch) or PANEL_DEPTH)))
         rows = static(self.total)
-        # Strips of equal height.
-        self.height = fit if rows is None else max(1, -(-rows // max(1, -(-rows // fit))))
+        self.height = fit if rows is None else strip_height(rows, fit, _LEAST_ROWS)
         self.strips = reader.size(loops.ceildiv(self.total, self.height))
 
     def count(self, s: Any) -> Any:
@@ -170,7 +177,7 @@ class WindowRows:
         fit = max(strip_bytes // max(1, line), -(-_LEAST_ROWS // max(1, columns or _LEAST_ROWS)))
         if lines is None:
             return max(1, fit)
-        return max(1, -(-lines // max(1, -(-lines // max(1, fit)))))
+        return strip_height(lines, max(1, fit), -(-_LEAST_ROWS // max(1, columns or _LEAST_ROWS)))
 
     def count(self, s: Any) -> Any:
         """Return the number of rows in strip ``s``."""

@@ -125,7 +125,7 @@ class Winograd:
         # Transformed tiles and filters stay in the second-level cache.
         most = max(1, target.caches.l2 * 3 // 4 // (2 * self.points * self.c * self.across))
         strips = -(-self.down // most)
-        self.block = -(-self.down // strips)
+        self.block = -(-self.down // (strips + strips % 2 if strips > 1 else 1))
         self.strips = -(-self.down // self.block)
         self.tiles = self.block * self.across
         self.mr = tile_rows(self.tiles, dot.rows(self.nr))
