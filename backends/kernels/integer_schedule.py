@@ -14,6 +14,7 @@ a vector for each vector of the tile; others are first gathered into a panel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -23,12 +24,20 @@ from optc.backends.kernels import integer_dot, loops
 from optc.backends.kernels.fused import Axes, Fused, Reader, take_apart
 from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, DEPTH_BLOCK, PANEL_DEPTH, TEMPLATE
 from optc.backends.kernels.integer_dot import put, vector_at
-from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, tile_rows
+from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, spans, tile_rows
 from optc.backends.kernels.integer_winograd import Winograd, choose
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
 Columns = tuple[Any, Any]
 """A buffer of packed columns and where those of a tile begin."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """How many columns of a tile are computed, a multiple of the vector, and how many there are: None if not known."""
+
+    computed: int
+    columns: int | None
 
 
 def schedule(function: Any, target: Target) -> Any:
@@ -70,7 +79,6 @@ class _Generator:
         self.n, self.b = size(self.columns.total), size(self.batch.total)
         self.nr = COLUMN_BLOCK
         self.mr = tile_rows(static(self.rows.height), self.dot.rows(self.nr))
-        self.whole_columns = static(self.n) is not None and self.n % self.nr == 0
         self.tiles = size(loops.ceildiv(self.n, self.nr))
         segments, chunk = self.rows.taps * self.rows.chunks, self.rows.chunk
         self.segments = size(segments)
@@ -119,13 +127,13 @@ class _Generator:
         totals, allocate_totals = loops.scratch("totals", size, "int32")
         start = s * self.rows.height
 
-        def body(here: Any, t: Any) -> Any:
+        def body(here: Any, t: Any, width: Width) -> Any:
             def one(i: Any, columns: Columns) -> Any:
                 def finish(acc: Any) -> Any:
                     count = loops.smaller(self.mr, here - i * self.mr)
-                    return self._finish_tile(places, start + i * self.mr, count, t, acc, totals)
+                    return self._finish_tile(places, start + i * self.mr, count, t, width, acc, totals)
 
-                return self._product(rows, i * self.mr, loops.index(0), self.segments, columns, None, finish)
+                return self._product(rows, i * self.mr, loops.index(0), self.segments, columns, width, None, finish)
 
             return self._with_columns(
                 places,
@@ -136,7 +144,7 @@ class _Generator:
                 lambda columns: loop("i", row_tiles, lambda i: one(i, columns)),
             )
 
-        def body_in_blocks(here: Any, t: Any) -> Any:
+        def body_in_blocks(here: Any, t: Any, width: Width) -> Any:
             def block(k: Any) -> Any:
                 first = k * self.per_block
                 count = loops.smaller(self.per_block, self.segments - first)
@@ -144,9 +152,11 @@ class _Generator:
                 def part(i: Any, columns: Columns) -> Any:
                     at = i * self.mr * self.nr
                     keep = (totals, at)
-                    return self._product(
-                        rows, i * self.mr, first, count, columns, keep, lambda acc: self._copy(acc, 0, totals, at)
-                    )
+
+                    def finish(acc: Any) -> Any:
+                        return self._copy(acc, 0, totals, at, width)
+
+                    return self._product(rows, i * self.mr, first, count, columns, width, keep, finish)
 
                 return self._with_columns(
                     places, t, first, count, panel, lambda columns: loop("i", row_tiles, lambda i: part(i, columns))
@@ -156,19 +166,36 @@ class _Generator:
             return sequence(
                 loop("i", size, lambda i: store(totals, i, zero)),
                 loop("k", self.blocks, block),
-                self._store(places, start, here, t, totals),
+                self._store(places, start, here, t, width, totals),
             )
 
-        def tile(t: Any) -> Any:
-            return bind("here", self.rows.count(s), lambda here: (body_in_blocks if several else body)(here, t))
+        def tile(t: Any, width: Width) -> Any:
+            make = body_in_blocks if several else body
+            return bind("here", self.rows.count(s), lambda here: make(here, t, width))
 
         return sequence(
             allocate_rows,
             self.rows.widen(places, s, rows),
             allocate_panel,
             allocate_totals,
-            loop("t", loops.smaller(share, self.tiles - first), lambda t: bind("tile", first + t, tile)),
+            self._over_columns(first, share, tile),
         )
+
+    def _over_columns(self, first: Any, share: Any, tile: Callable[[Any, Width], Any]) -> Any:
+        """Return ``tile(t, width)`` for ``share`` column tiles from ``first``; only the last may be narrower."""
+        n, nr, lanes = static(self.n), self.nr, self.dot.lanes
+
+        def over(count: Any, width: Width) -> Any:
+            return loop("t", count, lambda t: bind("tile", first + t, lambda t: tile(t, width)))
+
+        if n is None or n % nr == 0:
+            return over(loops.smaller(share, self.tiles - first), Width(nr, None if n is None else nr))
+        full = n // nr
+        last = tile(loops.index(full), Width(-(-(n % nr) // lanes) * lanes, n % nr))
+        if static(share) == self.tiles:
+            return sequence(over(loops.index(full), Width(nr, nr)) if full else None, last)
+        whole = over(loops.smaller(share, full - first), Width(nr, nr)) if full else None
+        return sequence(whole, tirx.IfThenElse(loops.index(first + share) > full, last, None))
 
     def _with_columns(
         self, places: dict[Any, Any], t: Any, first: Any, count: Any, panel: Any, use: Callable[[Columns], Any]
@@ -216,7 +243,15 @@ class _Generator:
         return loop("k", count * chunk, lambda k: loop("j", self.nr, lambda j: element(k, j)))
 
     def _product(
-        self, rows: Any, r: Any, first: Any, count: Any, columns: Columns, keep: Any, finish: Callable[[Any], Any]
+        self,
+        rows: Any,
+        r: Any,
+        first: Any,
+        count: Any,
+        columns: Columns,
+        width: Width,
+        keep: Any,
+        finish: Callable[[Any], Any],
     ) -> Any:
         """Return the register tile of strip rows ``r`` and following over ``count`` segments from ``first``.
 
@@ -224,7 +259,7 @@ class _Generator:
         """
         lanes, group, nr, chunk = self.dot.lanes, self.dot.group, self.nr, self.rows.chunk
         acc, allocate = loops.scratch("acc", self.mr * nr, "int32")
-        vectors = [(i, v) for i in range(self.mr) for v in range(0, nr, lanes)]
+        vectors = [(i, v) for i in range(self.mr) for v in range(0, width.computed, lanes)]
         bases = [tirx.Var(f"base{i}", "int64") for i in range(self.mr)]
         places, allocate_places = loops.scratch("places", self.mr, "int64")
 
@@ -250,30 +285,34 @@ class _Generator:
             zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
             begin = sequence(*(put(acc, i * nr + v, lanes, zero) for i, v in vectors))
         else:
-            begin = self._copy(keep[0], keep[1], acc, 0)
+            begin = self._copy(keep[0], keep[1], acc, 0, width)
         # Read from memory, where TVM's simplifier does not see what they are.
         named = [store(places, i, self.rows.base(r + i)) for i in range(self.mr)]
         named += [tirx.Bind(base, load(places, i)) for i, base in enumerate(bases)]
         return sequence(allocate_places, *named, allocate, begin, loop("segment", count, segment), finish(acc))
 
-    def _copy(self, source: Any, start: Any, target: Any, to: Any) -> Any:
-        """Return the copy of one register tile."""
+    def _copy(self, source: Any, start: Any, target: Any, to: Any, width: Width) -> Any:
+        """Return the copy of the computed columns of one register tile."""
         lanes = self.dot.lanes
-        positions = range(0, self.mr * self.nr, lanes)
+        positions = [i * self.nr + v for i in range(self.mr) for v in range(0, width.computed, lanes)]
         return sequence(*(put(target, to + p, lanes, vector_at(source, start + p, lanes)) for p in positions))
 
-    def _finish_tile(self, places: dict[Any, Any], first: Any, count: Any, t: Any, acc: Any, totals: Any) -> Any:
+    def _finish_tile(
+        self, places: dict[Any, Any], first: Any, count: Any, t: Any, width: Width, acc: Any, totals: Any
+    ) -> Any:
         """Return the epilogue of one register tile, of which ``count`` rows exist: from registers if it is whole."""
-        partial = sequence(self._copy(acc, 0, totals, 0), self._store(places, first, count, t, totals))
-        if not self.whole_columns:
+        partial = sequence(self._copy(acc, 0, totals, 0, width), self._store(places, first, count, t, width, totals))
+        if width.columns is None or width.columns % self.dot.lanes:
             return partial
-        whole = sequence(*(self._store(places, first + i, 1, t, acc, i) for i in range(self.mr)))
+        whole = sequence(*(self._store(places, first + i, 1, t, width, acc, i) for i in range(self.mr)))
         rows, height = static(self.rows.total), static(self.rows.height)
         if rows is not None and height is not None and rows % height == 0 and height % self.mr == 0:
             return whole
         return tirx.IfThenElse(loops.index(count) >= self.mr, whole, partial)
 
-    def _store(self, places: dict[Any, Any], first: Any, count: Any, t: Any, totals: Any, at: int = 0) -> Any:
+    def _store(
+        self, places: dict[Any, Any], first: Any, count: Any, t: Any, width: Width, totals: Any, at: int = 0
+    ) -> Any:
         """Return the epilogue of ``count`` rows from ``first``, which are in ``totals`` from row ``at``."""
         nr = self.nr
 
@@ -284,8 +323,12 @@ class _Generator:
                 where, [(self.rows.axes, row), (self.columns, column)], load(totals, (at + i) * nr + j)
             )
 
-        whole = loop("i", count, lambda i: self.reader.lanewise(nr, lambda j: put(i, j)))
-        if self.whole_columns:
-            return whole
+        def row(i: Any, columns: int) -> Any:
+            return spans(self.reader, columns, self.dot.lanes if columns < nr else nr, lambda j: put(i, j))
+
+        if width.columns is not None:
+            columns = width.columns
+            return loop("i", count, lambda i: row(i, columns))
+        whole = loop("i", count, lambda i: row(i, nr))
         partial = loop("i", count, lambda i: loop("j", self.n - t * nr, lambda j: put(i, j)))
         return tirx.IfThenElse(loops.index((t + 1) * nr) <= loops.index(self.n), whole, partial)
