@@ -20,8 +20,6 @@ from optc.backends.kernels.attention_operands import LOWEST, Operands
 from optc.backends.kernels.loops import bind, load, loop, sequence, store
 from optc.backends.kernels.vector_math import exp_nonpositive, maximum
 
-KEYS = register_tile.IN_FLIGHT
-"""Keys whose products with the query are summed at the same time."""
 SUMS = register_tile.IN_FLIGHT
 """Vectors of the weighted sum in registers."""
 
@@ -37,13 +35,15 @@ class Rows:
     def __init__(self, operands: Operands) -> None:
         self.o = operands
         self.lanes = operands.lanes
+        # Keys whose products with the query are summed at the same time, and whose weights make whole vectors.
+        self.keys = max(register_tile.IN_FLIGHT, self.lanes)
 
     def body(self) -> Any:
         """Return the loops."""
         o = self.o
 
         def head(b: Any, h: Any, _: Any) -> Any:
-            weight, allocate = loops.scratch("weight", loops.ceildiv(o.keys, KEYS) * KEYS, o.dtype)
+            weight, allocate = loops.scratch("weight", loops.ceildiv(o.keys, self.keys) * self.keys, o.dtype)
 
             def row(i: Any) -> Any:
                 return bind(
@@ -57,7 +57,7 @@ class Rows:
         return o.tasks(1, head)
 
     def _row(self, b: Any, h: Any, i: Any, start: Any, stop: Any, weight: Any) -> Any:
-        o, size = self.o, KEYS
+        o, size = self.o, self.keys
         groups = loops.ceildiv(tirx.max(loops.index(0), loops.index(stop - start)), size)
         (top, make_top), (total, make_total), (best, make_best) = (
             loops.scratch(n, size, o.dtype) for n in ("top", "total", "best")
@@ -103,25 +103,24 @@ class Rows:
 
     def _scores(self, b: Any, h: Any, i: Any, start: Any, stop: Any, g: Any, weight: Any) -> Any:
         """Return the masked scores of one group of keys; those beyond the last are minus infinity."""
-        o, lanes = self.o, self.lanes
-        acc, allocate = loops.scratch("acc", KEYS * lanes, o.dtype)
-        raw, allocate_raw = loops.scratch("raw", KEYS, o.dtype)
+        o, lanes, size = self.o, self.lanes, self.keys
+        acc, allocate = loops.tile("acc", size, lanes, o.dtype)
+        raw, allocate_raw = loops.scratch("raw", size, o.dtype)
         whole = o.depth // lanes
-        rows = [tirx.Var(f"j{k}", "int64") for k in range(KEYS)]
-        first = start + g * KEYS
+        rows = [tirx.Var(f"j{k}", "int64") for k in range(size)]
+        first = start + g * size
         bindings = [tirx.Bind(row, loops.index(loops.smaller(first + k, stop - 1))) for k, row in enumerate(rows)]
 
         def update(k: int, c: Any) -> Any:
             def element(lane: Any) -> Any:
                 d = c * lanes + lane
-                return store(
-                    acc, k * lanes + lane, load(acc, k * lanes + lane) + o.query(b, h, i, d) * o.key(b, h, rows[k], d)
-                )
+                product = o.query(b, h, i, d) * o.key(b, h, rows[k], d)
+                return store(acc[k], lane, load(acc[k], lane) + product)
 
             return o.reader.lanewise(lanes, element)
 
         def total(k: int) -> Any:
-            terms = [load(acc, k * lanes + lane) for lane in range(lanes)]
+            terms = [load(acc[k], lane) for lane in range(lanes)]
             terms += [
                 o.query(b, h, i, loops.index(d)) * o.key(b, h, rows[k], loops.index(d))
                 for d in range(whole * lanes, o.depth)
@@ -133,25 +132,24 @@ class Rows:
             return store(raw, k, terms[0])
 
         def put(k: Any) -> Any:
-            return store(weight, g * KEYS + k, o.mask(load(raw, k), b, h, i, first + k))
+            return store(weight, g * size + k, o.mask(load(raw, k), b, h, i, first + k))
 
         def partial() -> Any:
             inside = loops.index(stop - first)
-            return loop(
-                "k", KEYS, lambda k: tirx.IfThenElse(k < inside, put(k), store(weight, g * KEYS + k, o.const(LOWEST)))
-            )
+
+            def lowest(k: Any) -> Any:
+                return store(weight, g * size + k, o.const(LOWEST))
+
+            return loop("k", size, lambda k: tirx.IfThenElse(k < inside, put(k), lowest(k)))
 
         return sequence(
             *bindings,
-            allocate,
+            *allocate,
             allocate_raw,
-            *(
-                o.reader.lanewise(lanes, lambda lane, k=k: store(acc, k * lanes + lane, o.const(0.0)))
-                for k in range(KEYS)
-            ),
-            *([loop("c", whole, lambda c: sequence(*(update(k, c) for k in range(KEYS))))] if whole else []),
-            *(total(k) for k in range(KEYS)),
-            tirx.IfThenElse(loops.index(first + KEYS) <= loops.index(stop), o.reader.lanewise(KEYS, put), partial()),
+            *(o.reader.lanewise(lanes, lambda lane, k=k: store(acc[k], lane, o.const(0.0))) for k in range(size)),
+            *([loop("c", whole, lambda c: sequence(*(update(k, c) for k in range(size))))] if whole else []),
+            *(total(k) for k in range(size)),
+            tirx.IfThenElse(loops.index(first + size) <= loops.index(stop), o.reader.lanewise(size, put), partial()),
         )
 
     def _values(self, b: Any, h: Any, i: Any, start: Any, stop: Any, weight: Any, total: Any) -> Any:
@@ -179,7 +177,7 @@ class Rows:
         lanes: int,
     ) -> Any:
         o, span = self.o, vectors * lanes
-        # Few sums: several keys at a time. Weights are zero up to a multiple of KEYS.
+        # Few sums: several keys at a time. Weights are zero up to a multiple of the keys in a group.
         sets = 1 << ((SUMS // vectors).bit_length() - 1)
         acc, allocate = loops.scratch("sums", sets * span, o.dtype)
         slots = [(s, v) for s in range(sets) for v in range(0, span, lanes)]

@@ -31,11 +31,11 @@ def _aligned(array: np.ndarray) -> tvm.runtime.Tensor:
 
 
 @pytest.fixture(scope="session")
-def compile_model() -> Callable[[onnx.ModelProto], Run]:
-    """Return a function that compiles a model and returns ``run(*inputs) -> outputs``."""
+def compile_model() -> Callable[..., Run]:
+    """Return a function that compiles a model for a target that this machine can run: ``run(*inputs) -> outputs``."""
 
-    def compile_(model: onnx.ModelProto) -> Run:
-        target = resolve("cpu")
+    def compile_(model: onnx.ModelProto, name: str = "cpu") -> Run:
+        target = resolve(name)
         module = CpuBackend(target).schedule(load(model))
         machine = relax.VirtualMachine(generate(module.relax, target).executable, tvm.cpu())
         no_clock = tvm.runtime.tensor(np.zeros(0, np.int64))
@@ -78,7 +78,7 @@ def make_model() -> Callable[..., onnx.ModelProto]:
 
 
 @pytest.fixture
-def check(compile_model: Callable[[onnx.ModelProto], Run]) -> Callable[..., None]:
+def check(compile_model: Callable[..., Run]) -> Callable[..., None]:
     """Return a function that compiles a model in text form once, and runs it on each set of inputs.
 
     Results must equal those of onnxruntime, or of onnx's reference evaluator, exactly unless a tolerance is given.
