@@ -59,6 +59,17 @@ def test_depth_in_blocks_sums_exactly(compile_model, make_model, m, k, n):
     np.testing.assert_array_equal(run(a)[0], product(a, np.int32(0), b, np.int32(0)))
 
 
+@pytest.mark.parametrize("n", [3, 8, 16, 24, 25, 40, 75])
+@pytest.mark.parametrize("m, k", [(1, 20), (7, 1100), (150, 36)])
+def test_last_columns(compile_model, make_model, m, k, n):
+    rng = np.random.default_rng(n)
+    a, b = integers(rng, (m, k), np.uint8), integers(rng, (k, n), np.int8)
+    z = np.array(77, np.uint8)
+    node = helper.make_node("MatMulInteger", ["a", "b", "z"], ["y"])
+    run = compile_model(make_model([node], {"a": (np.uint8, [m, k])}, {"y": np.int32}, {"b": b, "z": z}))
+    np.testing.assert_array_equal(run(a)[0], product(a, z, b, np.int8(0)))
+
+
 def test_batches_broadcast_and_all_sizes_may_be_open(compile_model, make_model):
     rng = np.random.default_rng(3)
     node = helper.make_node("MatMulInteger", ["a", "b", "z"], ["y"])
