@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as oir
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 
 from optc.backends.base import Build, Target
 from optc.backends.cpu import memory
@@ -151,12 +151,3 @@ def _shared_library(executable: Any, target: Target) -> bytes:
         compile_objects.need_system_lib = False  # type: ignore[attr-defined]
         executable.export_library(str(output), fcompile=compile_objects, workspace_dir=folder)
         return output.read_bytes()
-
-
-def kernels_of(module: Any) -> dict[str, Any]:
-    """Return the kernels of a Relax module by name."""
-    return {
-        str(var.name_hint): function
-        for var, function in module.functions.items()
-        if isinstance(function, tirx.PrimFunc)
-    }

@@ -123,17 +123,6 @@ def flatten(index: Sequence[Any], shape: Sequence[Any]) -> Any:
     return position
 
 
-def unflatten(position: Any, shape: Sequence[Any]) -> list[Any]:
-    """Return the index of the element at ``position`` of a dense tensor of ``shape``."""
-    index: list[Any] = []
-    for axis in range(len(shape) - 1, 0, -1):
-        index.append(floor_mod(position, shape[axis]))
-        position = floor_div(position, shape[axis])
-    if shape:
-        index.append(position)
-    return index[::-1]
-
-
 def axis_of(axis: int, rank: int) -> int:
     """Return a non-negative axis."""
     return axis + rank if axis < 0 else axis

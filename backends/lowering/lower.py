@@ -30,8 +30,6 @@ from optc.ir import provenance
 
 INLINE_CONSTANT_BYTES = 64
 """Constants up to this size live in the code (so that kernels can be specialized); larger ones are weights."""
-INTEGER_TRACKING_LIMIT = 1024
-"""Integer constants of up to this many elements are tracked as shape values."""
 
 _LOWEST, _LARGEST = -(2**40), 2**40
 """No size or position of a legal model is outside of these."""

@@ -6,9 +6,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import helper
+from tvm import te, tirx
+
+from optc.backends.cpu.target import resolve, to_tvm
+from optc.backends.kernels import convolution
 
 F = np.float32
 
@@ -188,3 +193,23 @@ def test_any_geometry(compile_model, make_model, size, channels, kernel, strides
     w, x = data(*filters, seed=1), data(1, c, *size)
     model = model_of(make_model, "Conv", x.shape, w, after=["Relu"], **attributes)
     np.testing.assert_allclose(compile_model(model)(x)[0], reference(model, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_padding_row_by_row(seed, last):
+    rng = np.random.default_rng(seed)
+    rank = 1 + seed % 3
+    before, after = (rng.integers(0, 3, rank).tolist() for _ in range(2))
+    spatial = rng.integers(1, 7, rank).tolist()
+    channels = int(rng.choice([1, 3, 8]))
+    shape = [2, *spatial, channels] if last else [2, channels, *spatial]
+    a = te.placeholder(shape, "float32", "a")
+    out = convolution.pad_rows(a, before, after, tirx.const(-1.5, "float32"), last=last)
+    function = te.create_prim_func([a, out], "int64").with_attr("global_symbol", "main")
+    x = rng.standard_normal(shape).astype(F)
+    pads = list(zip(before, after, strict=True))
+    want = np.pad(x, [(0, 0), *pads, (0, 0)] if last else [(0, 0), (0, 0), *pads], constant_values=-1.5)
+    got = tvm.runtime.tensor(np.zeros_like(want))
+    tvm.compile(function, target=to_tvm(resolve("cpu")))["main"](tvm.runtime.tensor(x), got)
+    np.testing.assert_array_equal(got.numpy(), want)

@@ -1,0 +1,53 @@
+"""The choice of register tiles, for every kind of machine: it fits the registers and wastes little."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optc.backends.cpu.target import resolve
+from optc.backends.kernels import register_tile
+
+TARGETS = ["nehalem", "sandybridge", "haswell", "skylake-avx512", "aarch64", "riscv64"]
+sizes = st.integers(1, 3000)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(deadline=None, max_examples=60)
+@given(rows=st.none() | sizes, depth=st.integers(1, 5000), columns=sizes, bits=st.sampled_from([32, 64]))
+def test_tiles_fit_the_registers(name, rows, depth, columns, bits):
+    target = resolve(name)
+    lanes = target.lanes(bits)
+    vectors = register_tile.tile_vectors(rows, depth, columns, lanes, target)
+    height = register_tile.tile_rows(rows, depth, vectors, target)
+    assert 1 <= vectors <= 4
+    assert (vectors - 1) * lanes < columns
+    assert 1 <= height <= (rows or height)
+    product = 0 if target.fuses else 1
+    assert height * vectors + vectors + 1 + product <= target.registers
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(deadline=None, max_examples=60)
+@given(rows=sizes, depth=st.integers(1, 5000), vectors=st.integers(1, 4))
+def test_no_other_height_takes_fewer_cycles(name, rows, depth, vectors):
+    target = resolve(name)
+
+    def steps(height):
+        return -(-rows // height) * register_tile.cycles(height, vectors, target)
+
+    height = register_tile.tile_rows(rows, depth, vectors, target)
+    best = min(steps(h) for h in range(1, register_tile.most_rows(vectors, target) + 1) if h <= rows)
+    # Tiles have a cost of their own, which matters where the sums are short.
+    assert steps(height) <= best * (1 + 24 / depth)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_large_products_keep_the_ports_busy(name):
+    target = resolve(name)
+    lanes = target.lanes(32)
+    vectors = register_tile.tile_vectors(None, 512, 40 * lanes, lanes, target)
+    height = register_tile.tile_rows(None, 512, vectors, target)
+    products = height * vectors / register_tile.multiply_adds(target)
+    assert register_tile.cycles(height, vectors, target) == products
