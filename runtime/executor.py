@@ -2,7 +2,8 @@
 
 TVM's thread pools belong to the calling thread: they live as long as it, never grow, and break the exit of a
 forked child. So calls that use several threads run on a thread of our own, which costs a hand-over of some
-tens of microseconds; calls that use one thread run where they are made.
+tens of microseconds; calls that use one thread run where they are made. For short calls that is the faster way, so
+both ways are tried.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from queue import SimpleQueue
+from time import perf_counter
 
 from optc.errors import OptcError
 from optc.runtime import ffi
@@ -24,6 +26,10 @@ POOLED_ALLOCATOR = 2
 
 _SHARE_CORES = -3  # kSpecifyThreadShareAllCore of threading_backend.h
 _MAX_IDLE = 8
+_MAX_TRIALS = 256
+_SHORT_CALL = 1e-3
+"""Seconds beyond which a hand-over does not matter."""
+_TRIES = 5
 
 
 class Code:
@@ -74,21 +80,34 @@ class _Pool:
         """Forget all runners: in the child of a fork none of their threads exists."""
         self.lock = threading.RLock()  # a finalizer may run wherever the lock is held
         self.idle: list[_Inline | _Worker] = []
+        self.trials: dict[tuple[tuple[int, ...], ...], Trial] = {}
 
     def machine(self) -> Machine:
         return Machine(self.code, self.weights, self.allocator, clock=self.clock)
 
-    def take(self) -> _Inline | _Worker:
+    def take(self, alone: bool) -> _Inline | _Worker:
+        """Return a runner; ``alone`` asks for one that uses the caller's thread only."""
         with self.lock:
-            if self.idle:
-                return self.idle.pop()
-            threads = self.threads
+            threads = 1 if alone else self.threads
+            for i, runner in enumerate(self.idle):
+                if runner.threads == threads:
+                    return self.idle.pop(i)
         return _Inline(self) if threads == 1 else _Worker(self, threads)
+
+    def trial(self, arrays: Sequence[Array]) -> Trial:
+        """Return what is known about calls with arrays of these shapes."""
+        shapes = tuple([array.shape for array in arrays])
+        trial = self.trials.get(shapes)
+        if trial is None:
+            if len(self.trials) >= _MAX_TRIALS:
+                self.trials.clear()
+            trial = self.trials[shapes] = Trial()
+        return trial
 
     def give_back(self, runner: _Inline | _Worker) -> bool:
         """Keep an idle runner for the next call; False if it is to end."""
         with self.lock:
-            keep = not self.closed and runner.threads == self.threads and len(self.idle) < _MAX_IDLE
+            keep = not self.closed and runner.threads in (1, self.threads) and len(self.idle) < _MAX_IDLE
             if keep:
                 self.idle.append(runner)
             return keep
@@ -96,6 +115,7 @@ class _Pool:
     def set_threads(self, threads: int) -> None:
         with self.lock:
             self.threads = threads
+            self.trials = {}
             idle, self.idle = self.idle, []
         for runner in idle:
             runner.stop()
@@ -105,6 +125,29 @@ class _Pool:
         self.set_threads(self.threads)
         if self.allocator == POOLED_ALLOCATOR:
             ffi.call(_clear_memory())
+
+
+class Trial:
+    """Finds out whether calls with inputs of certain shapes are faster in the caller's thread alone.
+
+    Only short calls can be: then both ways take turns a few times, and the one with the fastest call is kept.
+    """
+
+    def __init__(self) -> None:
+        self.alone = False
+        self.decided = False
+        self._seconds: dict[bool, list[float]] = {False: [], True: []}
+
+    def add(self, alone: bool, seconds: float) -> None:
+        """Take note of the time of a call; the first of each way is not counted."""
+        self._seconds[alone].append(seconds)
+        several, single = self._seconds[False][1:], self._seconds[True][1:]
+        if len(several) >= 2 and min(several) > _SHORT_CALL:
+            self.alone, self.decided = False, True
+        elif min(len(several), len(single)) >= _TRIES:
+            self.alone, self.decided = min(single) < min(several), True
+        else:
+            self.alone = len(several) >= 2 and len(single) < len(several)
 
 
 class _Inline:
@@ -254,7 +297,17 @@ class Executor:
 
     def run(self, arrays: Sequence[Array], starts: Sequence[int]) -> list[ffi.Ref]:
         """Run one call on arrays whose data lies at ``starts`` and return its outputs."""
-        return self._pool.take().run(arrays, starts)
+        pool = self._pool
+        if pool.threads == 1:
+            return pool.take(alone=True).run(arrays, starts)
+        trial = pool.trial(arrays)
+        if trial.decided:
+            return pool.take(trial.alone).run(arrays, starts)
+        alone = trial.alone
+        start = perf_counter()
+        outputs = pool.take(alone).run(arrays, starts)
+        trial.add(alone, perf_counter() - start)
+        return outputs
 
     def call_on_new_machine(self, function: Callable[[Machine], None]) -> None:
         """Call ``function`` with a machine of its own on a thread configured like those of other calls."""

@@ -10,6 +10,8 @@ from tvm.s_tir.pipeline import default_s_tir_pipeline
 from tvm.tirx.compilation_pipeline import register_tir_pipeline
 from tvm.tirx.stmt import Return
 
+from optc.backends.cpu import tasks
+
 DIRECT = "calling_conv"
 """Attribute of kernels that are called directly: TVM gives no packed interface to functions that have one.
 
@@ -37,7 +39,7 @@ def _pipeline() -> tuple[Any, Any, Any]:
 
     @tvm.transform.module_pass(opt_level=0, name="LowerKernelsAndSegments")  # type: ignore[untyped-decorator]
     def both(module: Any, _context: Any) -> Any:
-        kernels = lower(transform.Filter(lambda f: not _has(f, SEGMENT))(module))
+        kernels = lower(tasks.split(transform.Filter(lambda f: not _has(f, SEGMENT))(module)))
         kernels.update(straight(transform.Filter(lambda f: _has(f, SEGMENT))(module)))
         return kernels
 

@@ -17,37 +17,19 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from optc.backends.base import Target
+from optc.backends.kernels.work import expensive
 
-PARALLEL_WORK = 32768
-"""Scalar operations below which starting a second thread costs more than it gains (about 10 us)."""
 _SPATIAL, _REDUCTION = 0, 2
-# "reinterpret": the bit operations inside the polynomials of vector_math.
-_EXPENSIVE = (
-    "reinterpret",
-    "exp",
-    "log",
-    "tanh",
-    "erf",
-    "pow",
-    "sqrt",
-    "sin",
-    "cos",
-    "tan",
-    "atan",
-    "sigmoid",
-    "rsqrt",
-)
 
 
-def schedule(function: Any, target: Target) -> tuple[Any, str]:
-    """Return ``function`` scheduled, and the name of the rule: "generic", or "serial" for opaque loops."""
+def schedule(function: Any, target: Target, parallel: bool) -> tuple[Any, str]:
+    """Return ``function`` scheduled and the name of the rule: "generic", or "serial" for opaque loops."""
     sch = s_tir.Schedule(function, enable_check=False, error_render_level="none")
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     if not blocks or not all(_regular(sch, block) for block in blocks):
         return function, "serial"
     blocks = _inline(sch, blocks)
     lanes = _lanes(sch, blocks, target)
-    parallel = sum(_work(sch, block) for block in blocks) >= PARALLEL_WORK
     shared = _share_rows(sch, blocks, lanes)
     if shared is not None:
         sch, row = shared
@@ -91,16 +73,10 @@ def _inline(sch: Any, blocks: list[Any]) -> list[Any]:
 
 def _repeats_work(sch: Any, block: Any, consumers: list[Any]) -> bool:
     """Tell whether inlining would repeat expensive work: several readers, or one that revisits values."""
-    if not _expensive(sch.get(block)):
+    if not expensive(sch.get(block)):
         return False
     revisits = len(sch.get(consumers[0]).iter_vars) > len(sch.get(block).iter_vars)
     return len(consumers) > 1 or revisits
-
-
-def _expensive(block: Any) -> bool:
-    names: list[str] = []
-    tvm_ffi.structural_walk(block.body, (tvm.ir.Call, lambda call: names.append(str(call.op))))
-    return any(word in name for name in names for word in _EXPENSIVE)
 
 
 def _try(primitive: Any, *arguments: Any) -> bool:
@@ -121,15 +97,6 @@ def _reductions(sch: Any, block: Any) -> list[Any]:
 def _extent(sch: Any, loop: Any) -> int | None:
     extent = sch.get(loop).extent
     return int(extent) if isinstance(extent, tirx.IntImm) else None
-
-
-def _work(sch: Any, block: Any) -> float:
-    """Return the number of scalar operations of ``block``; infinite when a size is symbolic."""
-    work = float(len(sch.get(block).reads) + 1)
-    for loop in sch.get_loops(block):
-        extent = _extent(sch, loop)
-        work *= float("inf") if extent is None else extent
-    return work * (8 if _expensive(sch.get(block)) else 1) if work == work else 0.0
 
 
 def _share_rows(sch: Any, blocks: list[Any], lanes: int) -> tuple[Any, Any] | None:

@@ -13,7 +13,7 @@ from typing import Any
 from tvm import s_tir, tirx
 
 from optc.backends.base import Target
-from optc.backends.kernels import generic
+from optc.backends.kernels import generic, loops, threads
 from optc.backends.kernels.templates import TEMPLATES
 from optc.backends.kernels.work import Work, work
 
@@ -55,12 +55,13 @@ def schedule(module: Any, target: Target) -> tuple[Any, list[Kernel]]:
 def schedule_kernel(function: Any, target: Target) -> tuple[Any, str, str | None]:
     """Return the scheduled function, the rule that did it, and the template that was asked for."""
     wanted = _wanted(function)
+    cycles = threads.cycles(function, target, wanted is not None)
     if wanted is not None:
         scheduled = TEMPLATES[wanted](function, target)
         if scheduled is not None:
-            return scheduled, wanted, wanted
-    scheduled, rule = generic.schedule(function, target)
-    return scheduled, rule, wanted
+            return threads.settle(scheduled, cycles), wanted, wanted
+    scheduled, rule = generic.schedule(function, target, loops.static(cycles) is None or cycles >= threads.LEAST_CYCLES)
+    return threads.settle(scheduled, cycles), rule, wanted
 
 
 def _wanted(function: Any) -> str | None:

@@ -5,11 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
 from optc.backends.kernels.fused import REDUCTION
 from optc.backends.kernels.loops import static
+
+# "reinterpret": the bit operations inside the polynomials of vector_math.
+_EXPENSIVE = (
+    "reinterpret",
+    "exp",
+    "log",
+    "tanh",
+    "erf",
+    "pow",
+    "sqrt",
+    "sin",
+    "cos",
+    "tan",
+    "atan",
+    "sigmoid",
+    "rsqrt",
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,7 @@ def work(function: Any) -> Work | None:
     blocks: list[Any] = []
     tvm_ffi.structural_walk(function.body, (s_tir.SBlock, lambda block: blocks.append(block)))
     for block in blocks:
-        if not _sums_products(block):
+        if not sums_products(block):
             continue
         outputs = [static(v.dom.extent) for v in block.iter_vars if int(v.iter_type) != REDUCTION]
         summed = [static(v.dom.extent) for v in block.iter_vars if int(v.iter_type) == REDUCTION]
@@ -54,7 +72,8 @@ def work(function: Any) -> Work | None:
     return Work(sum(w.operations for w in found), largest.outputs, largest.summed, largest.dtype)
 
 
-def _sums_products(block: Any) -> bool:
+def sums_products(block: Any) -> bool:
+    """Tell whether a block is a sum of products."""
     body = block.body
     reduces = any(int(v.iter_type) == REDUCTION for v in block.iter_vars)
     if not reduces or not isinstance(body, tirx.BufferStore) or not isinstance(body.value, tirx.Add):
@@ -63,3 +82,10 @@ def _sums_products(block: Any) -> bool:
     while isinstance(factor, tirx.Cast):
         factor = factor.value
     return isinstance(factor, tirx.Mul)
+
+
+def expensive(block: Any) -> bool:
+    """Tell whether a block computes functions that take many instructions."""
+    names: list[str] = []
+    tvm_ffi.structural_walk(block.body, (tvm.ir.Call, lambda call: names.append(str(call.op))))
+    return any(word in name for name in names for word in _EXPENSIVE)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
-from optc.backends.kernels.generic import PARALLEL_WORK
 from optc.backends.kernels.loops import product, unravel
 from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
@@ -183,7 +182,7 @@ def join(site: Site, tensors: Sequence[Any], axis: int) -> Any:
 
 
 def _copy(source: imperative.Cells, target: imperative.Cells, axis: int, offset: Any) -> None:
-    """Copy ``source`` to ``target`` from ``offset`` on along ``axis``, in parallel if it is worth a thread."""
+    """Copy ``source`` to ``target`` from ``offset`` on along ``axis``, rows in parallel."""
     shape = [plain(d) for d in source.shape]
 
     def element(index: Sequence[Any]) -> None:
@@ -191,11 +190,6 @@ def _copy(source: imperative.Cells, target: imperative.Cells, axis: int, offset:
         place[axis] = place[axis] + offset
         target[place] = source[index]
 
-    known = [d for d in shape if isinstance(d, int)]
-    if len(known) == len(shape) and math.prod(known) < PARALLEL_WORK:
-        with imperative.loop(*shape) as index:
-            element(index)
-        return
     # Rows as long as can be, but enough of them.
     depth = axis if math.prod(d if isinstance(d, int) else _MANY for d in shape[:axis]) >= _MANY else axis + 1
     with imperative.loop(product(shape[:depth]), kind="parallel") as (row,), imperative.loop(*shape[depth:]) as rest:

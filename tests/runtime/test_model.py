@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from optc.errors import InputError, OptcError, UsageError
+from optc.runtime import executor
 from optc.runtime.inputs import Inputs, address, aligned_empty
 
 
@@ -297,6 +298,30 @@ def test_error_in_the_code_names_the_inputs(affine):
 def test_threads_must_be_a_positive_integer(model, count):
     with pytest.raises(UsageError, match="threads"):
         model.threads = count
+
+
+def test_short_calls_go_the_faster_way(model):
+    trial = executor.Trial()
+    ways = {False: 60e-6, True: 40e-6}
+    for _ in range(30):
+        if trial.decided:
+            break
+        trial.add(trial.alone, ways[trial.alone])
+    assert trial.decided and trial.alone
+    model.threads = 2
+    x = sample(4)
+    results = [model.run({"x": x}) for _ in range(20)]
+    for result in results[1:]:
+        for name, value in result.items():
+            np.testing.assert_array_equal(value, results[0][name])
+
+
+def test_long_calls_are_not_tried_on_one_thread():
+    trial = executor.Trial()
+    for _ in range(3):
+        assert not trial.alone
+        trial.add(trial.alone, 0.05)
+    assert trial.decided and not trial.alone
 
 
 def test_call_overhead(model):
