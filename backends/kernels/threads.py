@@ -12,7 +12,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from optc.backends.base import Target
-from optc.backends.kernels import loops, register_tile
+from optc.backends.kernels import loops
 from optc.backends.kernels.work import expensive, sums_products
 
 LEAST_CYCLES = 40_000
@@ -27,7 +27,7 @@ def cycles(function: Any, target: Target, template: bool) -> Any:
     A template multiplies and adds two vectors per cycle; all else is taken to handle one vector per cycle for every
     tensor it reads or writes.
     """
-    lanes = register_tile.lanes(target, 32)
+    lanes = target.lanes(32)
     blocks: list[Any] = []
     tvm_ffi.structural_walk(function.body, (s_tir.SBlock, lambda block: blocks.append(block)))
     total: Any = 0
