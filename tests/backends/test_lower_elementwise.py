@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import warnings
 
 import ml_dtypes
@@ -74,19 +75,20 @@ UNARY = {
 def unary(compile_model, make_model):
     """All functions of one argument in one model per dtype."""
 
-    def build(dtype):
+    def build(dtype, target="cpu"):
         nodes = [helper.make_node(op, ["x"], [op]) for op in UNARY]
         outputs = {op: np.bool_ if op.startswith("Is") else dtype for op in UNARY}
-        return compile_model(make_model(nodes, {"x": (dtype, ["n"])}, outputs))
+        return compile_model(make_model(nodes, {"x": (dtype, ["n"])}, outputs), target)
 
     return build
 
 
-def test_functions_float32(unary):
+@pytest.mark.parametrize("target", ["cpu", *(["nehalem"] if platform.machine() == "x86_64" else [])])
+def test_functions_float32(unary, target):
     x = samples()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for (op, (reference, limit)), got in zip(UNARY.items(), unary(np.float32)(x), strict=True):
+        for (op, (reference, limit)), got in zip(UNARY.items(), unary(np.float32, target)(x), strict=True):
             exact = np.asarray(reference(x.astype(np.float64)))
             if got.dtype == np.bool_:
                 np.testing.assert_array_equal(got, exact, err_msg=op)
