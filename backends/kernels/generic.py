@@ -17,6 +17,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from optc.backends.base import Target
+from optc.backends.kernels.loops import uses
 from optc.backends.kernels.work import expensive
 
 _SPATIAL, _REDUCTION = 0, 2
@@ -170,7 +171,10 @@ def _vectorize(sch: Any, block: Any, spatial: list[Any], reduction: list[Any], l
 
 
 def _scalar_only(block: Any) -> bool:
-    """Tell whether the block branches or calls out, which a vector loop would only unroll to scalars."""
-    names: list[str] = []
-    tvm_ffi.structural_walk(block.body, (tvm.ir.Call, lambda call: names.append(str(call.op))))
-    return any("if_then_else" in n or "extern" in n or "packed" in n for n in names)
+    """Tell whether the block branches from lane to lane or calls out, which a vector loop only unrolls to scalars."""
+    lane = [v.var for v in block.iter_vars if int(v.iter_type) == _SPATIAL][-1:]
+    calls: list[Any] = []
+    tvm_ffi.structural_walk(block.body, (tvm.ir.Call, lambda call: calls.append(call)))
+    names = [str(call.op) for call in calls]
+    branches = (call.args[0] for call, name in zip(calls, names, strict=True) if "if_then_else" in name)
+    return any("extern" in n or "packed" in n for n in names) or any(uses(test, lane) for test in branches)

@@ -75,6 +75,18 @@ def test_large_kernels_are_parallel_and_vectorized_and_small_ones_are_serial():
     assert tirx.ForKind.PARALLEL not in kinds(small)
 
 
+@pytest.mark.parametrize("axis, vectors", [(0, True), (1, False)])
+def test_branches_that_all_lanes_take_together_are_vectorized(axis, vectors):
+    def shifted(a):
+        def element(*i):
+            return tirx.if_then_else(i[axis] > 0, a[i[0] - (axis == 0), i[1] - (axis == 1)], tirx.const(0, "float32"))
+
+        return te.compute(a.shape, element)
+
+    scheduled, _ = generic.schedule(function([(8, 64)], shifted), TARGET, parallel=False)
+    assert (tirx.ForKind.VECTORIZED in kinds(scheduled)) == vectors
+
+
 def test_expensive_stages_are_not_repeated():
     scheduled, _ = generic.schedule(function([(64, 64)], lambda a: topi.nn.softmax(a, axis=-1)), TARGET, parallel=True)
     assert scheduled.script().count("T.exp(") == 1
