@@ -86,6 +86,11 @@ class Weights:
         return sha.hexdigest(), crc
 
 
+_WRITTEN_BYTES = 64 * 1024
+"""Linux caches a file in pieces as large as it was written in, and maps all of a piece where a process reads a part of
+it: large pieces of an embedding table would be memory of each process that looks up one row."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A compiled model in memory; ``manifest`` describes the rest, its ``files`` are filled in on writing."""
@@ -152,7 +157,8 @@ class Artifact:
             file.write(data)
         file.write(layout.headers[-1])
         for chunk in self.weights.chunks():
-            file.write(chunk)
+            for start in range(0, len(chunk), _WRITTEN_BYTES):
+                file.write(chunk[start : start + _WRITTEN_BYTES])
         file.write(layout.tail)
 
 
