@@ -264,14 +264,14 @@ def _block(block: Any, size: Any) -> tuple[list[Any], Any]:
     bytes_ = loops.index(size).astype("uint64")
     take = tirx.call_extern(block.ty, "TVMBackendAllocWorkspace", cpu, device, bytes_, code, width)
     release = tirx.call_extern("int32", "TVMBackendFreeWorkspace", cpu, device, block)
-    taken = _assert(tirx.Not(tirx.isnullptr(block)), "RuntimeError", "out of memory")
+    taken = loops.check(tirx.Not(tirx.isnullptr(block)), "RuntimeError", "out of memory")
     return [tirx.Bind(block, take), taken], tirx.Evaluate(release)
 
 
 def _leave_if(status: Any, release: Any, message: str) -> Any:
     """Leave the function if a kernel failed."""
     # TVM puts this error in the place of the kernel's own.
-    leave = _assert(tirx.EQ(status, 0), "RuntimeError", message)
+    leave = loops.check(tirx.EQ(status, 0), "RuntimeError", message)
     return tirx.IfThenElse(tirx.NE(status, 0), loops.sequence(release, leave), None)
 
 
@@ -284,8 +284,3 @@ def _failure(function: Any, name: str) -> str:
 
     tvm_ffi.structural_walk(function.body, (tirx.AssertStmt, add))
     return " or ".join(dict.fromkeys(parts)) or f"kernel {name} failed"
-
-
-def _assert(condition: Any, kind: str, message: str) -> Any:
-    # The constructor of Python names its first two parameters the wrong way round.
-    return tirx.AssertStmt(condition, tvm.ir.StringImm(kind), [tvm.ir.StringImm(message)])

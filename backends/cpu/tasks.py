@@ -38,7 +38,7 @@ def split(module: Any) -> Any:
         if needed is None:
             continue
         kernel = function.without_attr(CYCLES)
-        if _has_blocks(kernel.body):
+        if loops.collect(kernel.body, s_tir.SBlock):
             kernel = _LOWER(tvm.IRModule({var: kernel}, attrs=module.attrs))[var]
         functions |= _Splitter(kernel, str(var.name_hint), needed >= loops.index(LEAST_CYCLES)).split(var)
     return tvm.IRModule(functions, attrs=module.attrs)
@@ -47,9 +47,7 @@ def split(module: Any) -> Any:
 class _Splitter:
     def __init__(self, function: Any, name: str, worth: Any) -> None:
         self.function, self.name, self.worth = function, name, worth
-        found: list[Any] = []
-        tvm_ffi.structural_walk(function.body, (tirx.For, lambda loop: found.append(loop)))
-        inside = {v for loop in found if is_parallel(loop) for v in _defined(loop)}
+        inside = {v for loop in loops.collect(function.body, tirx.For) if is_parallel(loop) for v in _defined(loop)}
         outside = {v: value for v, value in _defined(function.body).items() if v not in inside}
         self.tensors = [v for v in outside if isinstance(v.ty, tirx.buffer.BufferType)]
         scalars = [p for p in function.params if not isinstance(p.ty, PointerType)]
@@ -66,14 +64,12 @@ class _Splitter:
     def _loop(self, loop: Any) -> Any:
         if not is_parallel(loop):
             return loop
-        checks: list[Any] = []
-        tvm_ffi.structural_walk(loop.body, (tirx.AssertStmt, lambda check: checks.append(check)))
-        used = _variables(loop.body)
+        used = set(loops.collect(loop.body, tvm.ir.Var))
         tensors = [v for v in self.tensors if v in used]
-        shapes = {v for t in tensors for d in t.ty.shape for v in _variables(d)}
+        shapes = {v for t in tensors for d in t.ty.shape for v in loops.collect(d, tvm.ir.Var)}
         scalars = [v for v in self.numbers if v in used | shapes]
         # What checks say would be lost.
-        if checks or used & self.others or loops.static(loop.min) != 0:
+        if loops.collect(loop.body, tirx.AssertStmt) or used & self.others or loops.static(loop.min) != 0:
             return loop
         pointers = [tirx.Var(f"{t.name}_data", PointerType(PrimType(str(t.ty.dtype)))) for t in tensors]
         views = [tirx.DeclBuffer(t, data=pointer) for t, pointer in zip(tensors, pointers, strict=True)]
@@ -87,28 +83,16 @@ class _Splitter:
             i = tirx.Var("task", "int32")
             arguments = [tirx.Cast(wide, i), *(t.data for t in tensors), *scalars]
             call = tvm.ir.Call(name, arguments, ret_ty=PrimType("int32"))
-            return tirx.For(i, 0, loop.extent.astype("int32"), kind, tirx.Evaluate(call))
+            status = tirx.Var("status", "int32")
+            # Scratch memory is all that a task can fail to get.
+            whole = loops.check(tirx.EQ(status, 0), "RuntimeError", "out of memory")
+            return tirx.For(i, 0, loop.extent.astype("int32"), kind, loops.sequence(tirx.Bind(status, call), whole))
 
         return tirx.IfThenElse(self.worth, over(tirx.ForKind.PARALLEL), over(tirx.ForKind.SERIAL))
 
 
-def _has_blocks(body: Any) -> bool:
-    found: list[Any] = []
-    tvm_ffi.structural_walk(body, (s_tir.SBlock, lambda block: found.append(block)))
-    return bool(found)
-
-
-def _variables(node: Any) -> set[Any]:
-    """Return the variables in a statement or expression, those of buffers included."""
-    found: set[Any] = set()
-    tvm_ffi.structural_walk(node, (tvm.ir.Var, lambda variable: found.add(variable)))
-    return found
-
-
 def _defined(body: Any) -> dict[Any, Any]:
     """Return the variables that statements define with their values, None for buffers."""
-    found: dict[Any, Any] = {}
-    tvm_ffi.structural_walk(body, (tirx.DeclBuffer, lambda statement: found.update({statement.buffer: None})))
-    tvm_ffi.structural_walk(body, (tirx.AllocBuffer, lambda statement: found.update({statement.buffer: None})))
-    tvm_ffi.structural_walk(body, (tirx.Bind, lambda statement: found.update({statement.var: statement.value})))
-    return found
+    views = [*loops.collect(body, tirx.DeclBuffer), *loops.collect(body, tirx.AllocBuffer)]
+    numbers = {statement.var: statement.value for statement in loops.collect(body, tirx.Bind)}
+    return dict.fromkeys((statement.buffer for statement in views), None) | numbers

@@ -64,6 +64,19 @@ def sequence(*statements: Any) -> Any:
     return kept[0] if len(kept) == 1 else tirx.SeqStmt(kept)
 
 
+def check(condition: Any, kind: str, message: str) -> Any:
+    """Return the statement that leaves the function with an error of ``kind`` unless ``condition`` holds."""
+    # The constructor of Python names its first two parameters the wrong way round.
+    return tirx.AssertStmt(condition, tvm.ir.StringImm(kind), [tvm.ir.StringImm(message)])
+
+
+def collect(node: Any, kind: Any) -> list[Any]:
+    """Return all nodes of a kind in a statement or expression."""
+    found: list[Any] = []
+    tvm_ffi.structural_walk(node, (kind, lambda part: found.append(part)))
+    return found
+
+
 def store(buffer: Any, position: Any, value: Any) -> Any:
     """Return ``buffer[position] = value`` for a flat buffer."""
     return tirx.BufferStore(buffer, value, [index(position)])

@@ -28,8 +28,7 @@ def cycles(function: Any, target: Target, template: bool) -> Any:
     tensor it reads or writes.
     """
     lanes = target.lanes(32)
-    blocks: list[Any] = []
-    tvm_ffi.structural_walk(function.body, (s_tir.SBlock, lambda block: blocks.append(block)))
+    blocks = loops.collect(function.body, s_tir.SBlock)
     total: Any = 0
     for block in blocks:
         if not block.iter_vars:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
-import tvm_ffi
 from tvm import s_tir, tirx
 
 from optc.backends.kernels.fused import REDUCTION
-from optc.backends.kernels.loops import static
+from optc.backends.kernels.loops import collect, static
 
 # "reinterpret": the bit operations inside the polynomials of vector_math.
 _EXPENSIVE = (
@@ -51,9 +50,7 @@ class Work:
 def work(function: Any) -> Work | None:
     """Return the work of an unscheduled kernel; None if it has no sums of products, or a size is symbolic."""
     found: list[Work] = []
-    blocks: list[Any] = []
-    tvm_ffi.structural_walk(function.body, (s_tir.SBlock, lambda block: blocks.append(block)))
-    for block in blocks:
+    for block in collect(function.body, s_tir.SBlock):
         if not sums_products(block):
             continue
         outputs = [static(v.dom.extent) for v in block.iter_vars if int(v.iter_type) != REDUCTION]
@@ -86,6 +83,5 @@ def sums_products(block: Any) -> bool:
 
 def expensive(block: Any) -> bool:
     """Tell whether a block computes functions that take many instructions."""
-    names: list[str] = []
-    tvm_ffi.structural_walk(block.body, (tvm.ir.Call, lambda call: names.append(str(call.op))))
+    names = [str(call.op) for call in collect(block.body, tvm.ir.Call)]
     return any(word in name for name in names for word in _EXPENSIVE)
