@@ -53,6 +53,22 @@ class UnsupportedModelError(ModelError):
     """A legal model that uses what optc does not support; the message names every such node at once."""
 
 
+class PartitionError(ModelError):
+    """A graph cannot be split into the stages asked for: too few places to cut, or no split fits into memory."""
+
+
+class TrainingError(OptcError):
+    """Training cannot go on."""
+
+
+class RankFailureError(TrainingError):
+    """Ranks of a distributed run died or hang; the message names them."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint is missing, incomplete or belongs to another model."""
+
+
 class IRError(OptcError):
     """The IR is not canonical: a defect of the frontend or of a pass."""
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("optc", "ir", "frontend", "passes", "backends", "runtime")
+ROOMS = ("optc", "ir", "frontend", "passes", "backends", "runtime", "training")
 MAY_IMPORT = {
-    "optc": {"frontend", "passes", "backends", "runtime", "ir"},
+    "optc": {"frontend", "passes", "backends", "runtime", "training", "ir"},
     "frontend": {"ir"},
     "passes": {"ir"},
     # The artifact's format has one definition, shared by its writer (backends) and its reader (runtime).
     "backends": {"ir", "runtime"},
     "ir": set(),
     "runtime": set(),
+    "training": {"passes", "ir"},
 }
 FORBIDDEN_EXTERNAL = {
     "runtime": {"tvm", "onnx", "onnx_ir", "torch", "sympy", "networkx", "rich", "click"},
@@ -25,6 +26,7 @@ FORBIDDEN_EXTERNAL = {
     "passes": {"tvm", "torch"},
     "frontend": {"tvm"},
     "backends": {"torch"},
+    "training": {"tvm", "onnx", "onnx_ir"},
 }
 
 

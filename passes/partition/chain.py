@@ -1,0 +1,88 @@
+"""What a splitter needs to know of a graph: its units in one topological order, and what crosses each cut."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer: ``size`` in bytes, the units that read it in increasing order."""
+
+    name: str
+    size: int
+    trainable: bool
+    users: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """N units in topological order. A cut at position p lies before unit p; positions 0 and N are the ends.
+
+    Costs are those of one microbatch on a device of speed 1: ``forward``, ``backward_input`` and ``backward_weight``
+    [N] in seconds, ``saved`` [N] in bytes kept from forward to backward. ``sent`` and ``returned`` [N + 1] are the
+    bytes of activations that cross a cut forward and of gradients that cross it backward, ``messages`` [N + 1] the
+    number of tensors that do either. ``legal`` [N + 1] says where may be cut.
+    """
+
+    names: tuple[str, ...]
+    forward: Floats
+    backward_input: Floats
+    backward_weight: Floats
+    saved: Floats
+    sent: Floats
+    returned: Floats
+    messages: Floats
+    legal: npt.NDArray[np.bool_]
+    weights: tuple[Weight, ...]
+
+    @property
+    def seconds(self) -> Floats:
+        """Compute of one microbatch, forward and backward, per unit; [N] in seconds."""
+        return self.forward + self.backward_input + self.backward_weight
+
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Both ends and every legal cut, increasing."""
+        legal = self.legal.copy()
+        legal[0] = legal[-1] = True
+        return np.flatnonzero(legal)
+
+    def bytes_of_weights(self, start: int, stop: int, state: float) -> float:
+        """Bytes of the distinct weights read by units ``start`` to ``stop``, trainable ones times ``state``."""
+        return sum(
+            weight.size * (state if weight.trainable else 1.0)
+            for weight in self.weights
+            if any(start <= user < stop for user in weight.users)
+        )
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a stage runs on: ``speed`` relative to the one that the costs are for, ``memory`` in bytes."""
+
+    speed: float = 1.0
+    memory: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between neighbouring stages: ``latency`` in seconds a message, ``bandwidth`` in bytes per second."""
+
+    latency: float = 0.0
+    bandwidth: float = float("inf")
+
+    def seconds(self, size: float, messages: float) -> float:
+        """Time that ``messages`` tensors of together ``size`` bytes take."""
+        return messages * self.latency + size / self.bandwidth
+
+
+def segments(cuts: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """The (start, stop) of each stage that ``cuts`` make of ``length`` units."""
+    return list(itertools.pairwise([0, *cuts, length]))
