@@ -1,7 +1,8 @@
 """Rounding to small integers, in fewer instructions.
 
-What quantization clamps and rounds is a small integer. Dequantized in the same kernel it stays a float; else its bits
-are those at the end of ``x + 1.5 * 2^23``, a sum that the processor rounds to an integer, half to even.
+What quantization clamps and rounds is a small integer. Dequantized in the same kernel it stays a float. Bytes are
+rounded to int32 and narrowed with saturation, step by step, as the instructions that pack vectors do. Other integers
+are the bits at the end of ``x + 1.5 * 2^23``, a sum that the processor rounds to an integer, half to even.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ def simplify(expression: Any) -> Any:
 
 
 def _cast(x: Any) -> Any:
-    if x.ty.dtype == "float32":
+    dtype = str(x.ty.dtype)
+    if dtype == "float32":
         return _returned(x)
+    if dtype in ("int8", "uint8"):
+        return _byte(x, dtype)
     value = _rounded(x)
     if value is None:
         return x
@@ -34,6 +38,26 @@ def _cast(x: Any) -> Any:
         return x
     bits = tirx.reinterpret("int32", value.args[0] + tirx.const(_MAGIC, "float32"))
     return bits - tirx.const(_MAGIC_BITS, "int32")
+
+
+def _byte(x: Any, dtype: str) -> Any:
+    """Return ``narrow(int(r) + z)`` for an ``r`` such that the narrow type holds ``r + z``; else ``x``."""
+    rounded, plus = _sum(x.value)
+    value = _rounded(rounded)
+    if value is None or not _fits(value, plus, dtype):
+        return x
+    clamped = value.args[0]
+    # The bounds keep the conversion to int32 defined, no more. A lower one of 0 would be a comparison and a mask.
+    low = clamped.a.b - tirx.const(1, "float32")
+    wide = tirx.call_llvm_pure_intrin("int32", "llvm.lrint", tirx.min(tirx.max(clamped.a.a, low), clamped.b))
+    short = _saturated(wide, "int32", "int16") + tirx.const(plus, "int16")
+    return _saturated(short, "int16", dtype)
+
+
+def _saturated(x: Any, wide: str, narrow: str) -> Any:
+    info = np.iinfo(narrow)
+    low, high = (tirx.const(int(bound), wide) for bound in (info.min, info.max))
+    return tirx.min(tirx.max(x, low), high).astype(narrow)
 
 
 def _returned(x: Any) -> Any:
@@ -47,10 +71,14 @@ def _returned(x: Any) -> Any:
     dtype = str(narrow.ty.dtype)
     if value is None or plus + minus or dtype not in ("int8", "uint8", "int16", "uint16"):
         return x
+    return value if _fits(value, plus, dtype) else x
+
+
+def _fits(value: Any, plus: int, dtype: str) -> bool:
+    """Tell whether ``dtype`` holds the rounded ``value`` and ``plus``, whatever the value."""
     low, high = _limits(value.args[0])
     info = np.iinfo(dtype)
-    fits = low is not None and high is not None and info.min <= low + plus and high + plus <= info.max
-    return value if fits else x
+    return low is not None and high is not None and info.min <= low + plus and high + plus <= info.max
 
 
 def _sum(x: Any) -> tuple[Any, int]:

@@ -70,3 +70,10 @@ def test_what_has_no_bounds_stays():
     half = tirx.nearbyint(tirx.min(v, tirx.const(9.0, "float32"))).astype("int32")
     for expression in (free, wide, half):
         tvm.ir.assert_structural_equal(rounding.simplify(expression), expression)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_bytes_are_narrowed_with_saturation(dtype):
+    v = tirx.Var("v", "float32")
+    text = str(rounding.simplify(saturate(v, tirx.const(5, "int32"), dtype)))
+    assert "lrint" in text and "nearbyint" not in text

@@ -44,7 +44,7 @@ MACHINES = {
     "neon": Machine("aarch64-linux-gnu:neoverse-n1", r"v\d+\.4s", r"fml[as]", r"smlal2?|[su]dot"),
 }
 NAMES = ("exp", "exp2", "expm1", "log", "log1p", "log2", "pow", "erf", "tanh", "sin", "cos", "fma", "floor", "ceil")
-LIBRARY = re.compile(r"\b(" + "|".join(NAMES) + r"|nearbyint|rint|round|trunc|fmod|fmax|fmin)f?\b(?=@|\s*$)", re.M)
+LIBRARY = re.compile(r"\b(" + "|".join(NAMES) + r"|nearbyint|l?rint|round|trunc|fmod|fmax|fmin)f?\b(?=@|\s*$)", re.M)
 
 
 @dataclass(frozen=True)
