@@ -20,6 +20,7 @@ from optc.backends.cpu.shape_functions import order_shape_functions
 from optc.backends.cpu.target import to_tvm
 from optc.backends.cpu.tir_pipeline import NAME as TIR_PIPELINE
 from optc.backends.kernels import schedule
+from optc.backends.kernels.decisions import Tuning
 from optc.backends.kernels.name_dims import name_dims
 from optc.backends.lowering import TABLE
 from optc.backends.lowering.expand import expand_functions
@@ -40,9 +41,16 @@ class Module:
 class CpuBackend:
     """The CPU backend for one target."""
 
-    def __init__(self, target: Target, progress: Progress | None = None, without: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        target: Target,
+        progress: Progress | None = None,
+        without: Collection[str] = (),
+        tuning: Tuning | None = None,
+    ) -> None:
         self.target = target
         self.without = frozenset(without)
+        self.tuning = tuning
         self.progress = progress or (lambda _: None)
 
     def supported(self, model: oir.Model) -> None:
@@ -50,15 +58,19 @@ class CpuBackend:
         expand_functions(model, TABLE.keys())
         lower(model, TABLE, self.target, self.without)
 
-    def schedule(self, model: oir.Model) -> Module:
-        """Lower, fuse and schedule ``model`` (which gets expanded in place)."""
+    def fuse(self, model: oir.Model) -> tuple[Any, Lowered]:
+        """Lower and fuse ``model`` (which gets expanded in place): a Relax module of unscheduled kernels."""
         self.progress("lowering")
         expand_functions(model, TABLE.keys())
-        lowered = lower(model, TABLE, self.target, self.without)
+        lowered = lower(model, TABLE, self.target, self.without, self.tuning)
         self.progress("fusing")
-        module = _fuse(lowered.module)
+        return _fuse(lowered.module), lowered
+
+    def schedule(self, model: oir.Model) -> Module:
+        """Lower, fuse and schedule ``model`` (which gets expanded in place)."""
+        module, lowered = self.fuse(model)
         self.progress("scheduling")
-        module, kernels = schedule.schedule(module, self.target)
+        module, kernels = schedule.schedule(module, self.target, self.tuning)
         return Module(module, lowered, kernels)
 
     def build(self, model: oir.Model) -> Build:

@@ -26,6 +26,7 @@ from optc.backends.base import Target
 from optc.backends.kernels import attention_rows, loops, register_tile
 from optc.backends.kernels.attention import TEMPLATE
 from optc.backends.kernels.attention_operands import LOWEST, Operands
+from optc.backends.kernels.decisions import counts, decide
 from optc.backends.kernels.fused import bits, take_apart
 from optc.backends.kernels.loops import bind, load, loop, sequence, store
 from optc.backends.kernels.transpose import transpose
@@ -60,19 +61,22 @@ class _Tiles:
         self.o = operands
         self.lanes = operands.lanes
         rows, keys = loops.static(operands.rows), loops.static(operands.keys)
-        vectors = 1 if rows is not None and rows <= self.lanes else 2
+        vectors = decide("vectors", 1 if rows is not None and rows <= self.lanes else 2, (1, 2))
         self.block = vectors * self.lanes
         tallest = register_tile.most_rows(vectors, operands.target)
-        self.mr = tallest if keys is None else _least_waste(keys, tallest)
+        best = tallest if keys is None else _least_waste(keys, tallest)
+        self.mr = decide("rows", best, range(max(1, tallest // 2), tallest + 1))
         # The second product's tile: some queries, a divisor of the block, and two vectors of columns.
         fit = register_tile.most_rows(2, operands.target)
-        self.qr = next(rows for rows in range(min(fit, self.block), 0, -1) if self.block % rows == 0)
+        divisors = [rows for rows in range(min(fit, self.block), 0, -1) if self.block % rows == 0]
+        self.qr = decide("query_rows", divisors[0], divisors)
         # The weights of a block of keys take half of the first-level cache.
         size = bits(operands.dtype) // 8
         most = max(1, operands.target.caches.l1 // 2 // (self.block * size * self.mr))
         if keys is not None:
             tiles = max(1, -(-keys // self.mr))
             most = -(-tiles // -(-tiles // most))
+            most = decide("key_tiles", most, [-(-tiles // n) for n in counts(min(16, tiles))])
         self.kb = most * self.mr
         self.exact = rows is not None and rows % self.block == 0
         self.blocks = operands.reader.size(loops.ceildiv(operands.rows, self.block))
@@ -85,7 +89,7 @@ class _Tiles:
             return GROUP
         tasks = blocks * (1 if heads is None else heads)
         most = max(1, min(GROUP, tasks // TASKS))
-        return -(-blocks // -(-blocks // most))
+        return decide("group", -(-blocks // -(-blocks // most)), [-(-blocks // n) for n in counts(min(8, blocks))])
 
     def body(self) -> Any:
         """Return the loops."""

@@ -10,7 +10,7 @@ Constant columns are packed while compiling, into panels ``[N/width, K, width]``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,11 @@ def narrow(tensor: Any, dtype: str) -> Any:
     return te.compute(tensor.shape, lambda *i: vector_math.convert(tensor(*i), dtype), "narrow")
 
 
-def packed_matmul(a: Any, packed: Any, n: int) -> Any:
-    """``a [..., M, K]`` times a matrix packed by ``pack_columns``: ``[..., M, N]`` in the accumulator's type."""
+def packed_matmul(a: Any, packed: Any, n: int, notes: Mapping[str, Any] | None = None) -> Any:
+    """``a [..., M, K]`` times a matrix packed by ``pack_columns``: ``[..., M, N]`` in the accumulator's type.
+
+    ``notes`` are more annotations of the block.
+    """
     dtype = accumulator(str(a.dtype))
     k = te.reduce_axis((0, a.shape[-1]), "k")
     rank, width = len(a.shape), packed.shape[-1]
@@ -74,7 +77,7 @@ def packed_matmul(a: Any, packed: Any, n: int) -> Any:
         column = packed(j // width, k, j % width)
         return te.sum(widen(a(*rows, k), dtype) * widen(column, dtype), axis=k)
 
-    attributes = annotate(range(rank - 1), [rank - 1], packed=True)
+    attributes = annotate(range(rank - 1), [rank - 1], packed=True) | dict(notes or {})
     return te.compute((*a.shape[:-1], n), element, "matmul", attrs=attributes)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tvm import te, tirx
@@ -62,8 +62,9 @@ def conv_last(
     dilations: Sequence[int],
     out: Sequence[Any],
     last: bool,
+    notes: Mapping[str, Any],
 ) -> Any:
-    """Convolve padded ``x``, ``[N, *S, C]`` if ``last``, else ``[N, C, *S]``.
+    """Convolve padded ``x``, ``[N, *S, C]`` if ``last``, else ``[N, C, *S]``; ``notes`` are more annotations.
 
     The result is ``[N, *out, M]``, or ``[N, *out, G, M/G]`` with ``groups`` > 1.
 
@@ -90,7 +91,7 @@ def conv_last(
 
     tail = [groups, channels // groups] if grouped else [channels]
     shape = (x.shape[0], *out, *tail)
-    attributes = annotate(range(rank + 1), [len(shape) - 1], packed=True)
+    attributes = annotate(range(rank + 1), [len(shape) - 1], packed=True) | dict(notes)
     return te.compute(shape, element, "conv", attrs=attributes)
 
 

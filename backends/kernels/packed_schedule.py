@@ -23,6 +23,7 @@ from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops, register_tile
+from optc.backends.kernels.decisions import counts, decide
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, static, store
 
@@ -76,19 +77,25 @@ class PackedGenerator:
         self.inner = self.k // max(1, self.outer)
         # Blocks are whole steps of the outermost axis: k itself, or lines of a convolution's window.
         depth = max(1, self.chunk_bytes // (4 * _CHUNK_ROWS))
-        self.step = -(-self.outer // min(self.outer, -(-self.k // depth))) if self.k else 1
+        blocks = min(self.outer, -(-self.k // depth)) if self.k else 1
+        self.step = -(-self.outer // max(1, decide("blocks", blocks, counts(min(8, self.outer)))))
         self.blocks = -(-self.outer // self.step)
         self.lanes = target.lanes(bits(self.dtype))
         self.nr = int(loops.loads(self.column_operand)[0].source.shape[-1])
         self.lanes = min(self.lanes, self.nr)
         vectors = -(-self.nr // self.lanes)
-        self.mr = register_tile.tile_rows(static(self.r), self.k, min(vectors, -(-self.n // self.lanes)), target)
+        self.mr = register_tile.decide_rows(static(self.r), self.k, min(vectors, -(-self.n // self.lanes)), target)
         self.row_tiles = size(loops.ceildiv(self.r, self.mr))
         self.whole_tiles, self.column_tiles = self.n // self.nr, -(-self.n // self.nr)
         self.exact = static(self.r) is not None and self.r % self.mr == 0
         self.address = self._separate()
         operand = loops.loads(self.column_operand)[0].source
-        self.far = far(prod(int(d) for d in operand.shape) * bits(str(operand.dtype)) // 8, target)
+        is_far = far(prod(int(d) for d in operand.shape) * bits(str(operand.dtype)) // 8, target)
+        self.far = bool(decide("prefetch", int(is_far), (0, 1)))
+        # Rows outside and panels inside is for few columns: then rows, not panels, are read and written once.
+        self.rows_first = self.blocks == 1 and bool(decide("rows_first", 0, (0, 1)))
+        last = static(self.reduced.extents[-1]) if self.reduced.extents else 1
+        self.unroll = decide("unroll", 1, [u for u in (2, 4) if last and last % u == 0 and self.step * self.inner > u])
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
@@ -127,6 +134,7 @@ class PackedGenerator:
         wanted = min(_TASKS, max(1, batch * self.r * self.n * self.k // _TASK_WORK))
         while batch * chunks % wanted and chunks < tiles and -(-tiles // (chunks + 1)) >= 8:
             chunks += 1
+        chunks = decide("chunks", chunks, counts(min(128, tiles)))
         return max(1, -(-tiles // chunks))
 
     def _row_elements(self) -> int:
@@ -150,7 +158,8 @@ class PackedGenerator:
         if self.blocks > 1:
             panel = self._chunk_tiles() * self.mr * self.nr * bits(self.dtype) // 8
             groups = max(groups, -(-self.column_tiles * panel // self.sums_bytes))
-        return -(-self.column_tiles // -(-self.column_tiles // min(self.column_tiles, groups)))
+        groups = decide("groups", min(self.column_tiles, groups), counts(min(16, self.column_tiles)))
+        return -(-self.column_tiles // -(-self.column_tiles // groups))
 
     def _blocks(self, places: dict[Any, Any], first: Any, here: Any, group: Any, groups: int) -> Any:
         """Pass all panels of a group over the rows of a chunk, block by block of the reduced axes."""
@@ -171,6 +180,8 @@ class PackedGenerator:
     def _panels(self, places: dict[Any, Any], first: Any, here: Any, group: Any, groups: int, block: Block) -> Any:
         """Pass the panels of a group over the rows of a chunk; the last panel may be narrower."""
         begin = 0 if groups == 1 else group * self.per_group
+        if self.rows_first:
+            return self._rows_first(places, first, here, group, groups, block)
 
         def rows(t: Any, width: int, position: Any) -> Any:
             # Of the loop's variable alone: TVM cuts buffers to what it believes is used.
@@ -189,6 +200,26 @@ class PackedGenerator:
             last = tirx.IfThenElse(loops.index(group) == groups - 1, last, None)
         return sequence(inner, last)
 
+    def _rows_first(self, places: dict[Any, Any], first: Any, here: Any, group: Any, groups: int, block: Block) -> Any:
+        """Pass the rows of a chunk over the panels of a group; all terms are one block."""
+        begin = group * self.per_group
+        whole = loops.smaller((group + 1) * self.per_group, self.whole_tiles)
+        count = tirx.max(loops.index(whole) - begin, loops.index(0))
+
+        def row(r: Any) -> Any:
+            def panel(t: Any, width: int) -> Any:
+                return self._tile(places, first, r, t, width, block, loops.index(0))
+
+            inner = None
+            if self.whole_tiles:
+                inner = loop("t", count, lambda t: bind("panel", begin + t, lambda p: panel(p, self.nr)))
+            if self.n % self.nr == 0:
+                return inner
+            last = panel(loops.index(self.whole_tiles), self.n % self.nr)
+            return sequence(inner, tirx.IfThenElse(loops.index(group) == groups - 1, last, None))
+
+        return loop("r", here, row)
+
     def _next_panel(self, places: dict[Any, Any], r: Any, t: Any, block: Block) -> tuple[Any, list[Any]]:
         """Return the function that fetches, step by step, part ``r`` of the next panel into the second-level cache.
 
@@ -196,7 +227,7 @@ class PackedGenerator:
         memory the next batch follows the last panel of this one.
         """
         operand = loops.loads(self.column_operand)[0].source
-        if not self.far:
+        if not self.far or self.rows_first:
             return lambda _: None, []
         tiles = min(self._chunk_tiles(), static(self.row_tiles) or 2**30)
         step = -(-self.nr // tiles)
@@ -313,9 +344,18 @@ class PackedGenerator:
             if position == len(axes.variables):
                 return body(flat, at)
             extent, variable = axes.extents[position], axes.variables[position]
-            if position:
-                return loop("k", extent, lambda k: nest(position + 1, flat * extent + k, {**at, variable: k}))
-            return loop("k", block.count, lambda k: nest(1, block.begin + k, {variable: block.begin + k}))
+            last = position == len(axes.variables) - 1
+
+            def turn(k: Any) -> Any:
+                if position:
+                    return nest(position + 1, flat * extent + k, {**at, variable: k})
+                return nest(1, block.begin + k, {variable: block.begin + k})
+
+            turns = extent if position else block.count
+            if not last or self.unroll == 1 or (not position and self.step % self.unroll):
+                return loop("k", turns, turn)
+            several = range(self.unroll)
+            return loop("k", turns // self.unroll, lambda k: sequence(*(turn(k * self.unroll + u) for u in several)))
 
         return nest(0, loops.index(0), {})
 

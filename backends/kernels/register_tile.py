@@ -8,6 +8,7 @@ ports. Without fused multiply-adds a product takes both ports, one to multiply a
 from __future__ import annotations
 
 from optc.backends.base import Target
+from optc.backends.kernels.decisions import decide
 
 _PORTS = 2
 _LATENCY = 4
@@ -42,18 +43,29 @@ def tile_rows(rows: int | None, depth: int | None, vectors: int, target: Target)
     most = most_rows(vectors, target)
     if rows is None:
         return most
-    most = max(1, min(most, rows))
+    return min(range(max(1, min(most, rows)), 0, -1), key=lambda h: _all_cycles(h, rows, depth, vectors, target))
 
-    def total(height: int) -> float:
-        return -(-rows // height) * ((depth or _DEPTH) * cycles(height, vectors, target) + _OVERHEAD)
 
-    return min(range(most, 0, -1), key=total)
+def decide_rows(rows: int | None, depth: int | None, vectors: int, target: Target) -> int:
+    """Return the height that ``tile_rows`` finds best, or what was decided: the knob ``rows``."""
+    most = most_rows(vectors, target)
+    many = most if rows is None else rows
+    return decide(
+        "rows",
+        tile_rows(rows, depth, vectors, target),
+        range(1, max(1, min(most, many)) + 1),
+        lambda height: _all_cycles(height, many, depth, vectors, target),
+    )
+
+
+def _all_cycles(height: int, rows: int, depth: int | None, vectors: int, target: Target) -> float:
+    return -(-rows // height) * ((depth or _DEPTH) * cycles(height, vectors, target) + _OVERHEAD)
 
 
 def tile_vectors(rows: int | None, depth: int, columns: int, lane_count: int, target: Target) -> int:
     """Return how many vectors of columns make a tile, 1 to 4, for a product of ``rows`` x ``depth`` x ``columns``.
 
-    The last tile of a row may have fewer; its height is that of the others.
+    The knob ``vectors``. The last tile of a row may have fewer; its height is that of the others.
     """
     vectors = -(-columns // lane_count)
     many = rows or 4 * _MOST_ROWS * 5 * 7
@@ -64,4 +76,5 @@ def tile_vectors(rows: int | None, depth: int, columns: int, lane_count: int, ta
         widths = [width] * whole + ([rest] if rest else [])
         return -(-many // height) * sum(depth * cycles(height, w, target) + _OVERHEAD for w in widths)
 
-    return min(range(min(4, vectors), 0, -1), key=lambda w: (total(w), abs(w - 2)))
+    widths = range(min(4, vectors), 0, -1)
+    return decide("vectors", min(widths, key=lambda w: (total(w), abs(w - 2))), widths, total)

@@ -7,27 +7,33 @@ it, and the report says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import s_tir, tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import generic, loops, threads
+from optc.backends.kernels.decisions import Space, Tuning, deciding
 from optc.backends.kernels.templates import TEMPLATES
 from optc.backends.kernels.work import Work, work
-
-TEMPLATE = "optc.template"
+from optc.backends.kernels.workload import TEMPLATE, Workload
+from optc.backends.kernels.workload import of as workload_of
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How one kernel was scheduled. ``wanted`` is the template it asked for, ``work`` its arithmetic, if any."""
+    """How one kernel was scheduled. ``wanted`` is the template it asked for, ``work`` its arithmetic, if any.
+
+    ``space`` tells what could be decided about it; given decisions that were refused are in there.
+    """
 
     name: str
     rule: str
     wanted: str | None
     work: Work | None = None
+    workload: Workload | None = None
+    space: Space = field(default_factory=Space)
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON form that the artifact's report carries."""
@@ -39,16 +45,18 @@ class Kernel:
         return entry
 
 
-def schedule(module: Any, target: Target) -> tuple[Any, list[Kernel]]:
-    """Return ``module`` with every PrimFunc scheduled for ``target``, and how."""
+def schedule(module: Any, target: Target, tuning: Tuning | None = None) -> tuple[Any, list[Kernel]]:
+    """Return ``module`` with every PrimFunc scheduled for ``target``, as ``tuning`` decides, and how."""
     kernels: list[Kernel] = []
     for var, function in sorted(module.functions.items(), key=lambda item: str(item[0].name_hint)):
         if not isinstance(function, tirx.PrimFunc):
             continue
         name = str(var.name_hint)
-        scheduled, rule, wanted = schedule_kernel(function, target)
+        workload = workload_of(function)
+        with deciding(tuning.schedule(workload) if tuning else {}, strict=False) as space:
+            scheduled, rule, wanted = schedule_kernel(function, target)
         module[var] = scheduled
-        kernels.append(Kernel(name, rule, wanted, work(function)))
+        kernels.append(Kernel(name, rule, wanted, work(function), workload, space))
     return module, kernels
 
 
@@ -60,7 +68,7 @@ def schedule_kernel(function: Any, target: Target) -> tuple[Any, str, str | None
         scheduled = TEMPLATES[wanted](function, target)
         if scheduled is not None:
             return threads.settle(scheduled, cycles), wanted, wanted
-    scheduled, rule = generic.schedule(function, target, loops.static(cycles) is None or cycles >= threads.LEAST_CYCLES)
+    scheduled, rule = generic.schedule(function, target, loops.static(cycles) is None or threads.worth(cycles))
     return threads.settle(scheduled, cycles), rule, wanted
 
 

@@ -13,6 +13,7 @@ from tvm import s_tir, tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops
+from optc.backends.kernels.decisions import decide
 from optc.backends.kernels.work import expensive, sums_products
 
 LEAST_CYCLES = 40_000
@@ -51,7 +52,13 @@ def settle(scheduled: Any, needed: Any) -> Any:
     """
     if loops.static(needed) is None:
         return scheduled.with_attr(CYCLES, needed)
-    return scheduled if needed >= LEAST_CYCLES else scheduled.with_body(serial(scheduled.body))
+    return scheduled if worth(needed) else scheduled.with_body(serial(scheduled.body))
+
+
+def worth(needed: int) -> bool:
+    """Tell whether ``needed`` cycles are worth threads: the knob ``parallel`` where that is not clear."""
+    open_question = LEAST_CYCLES // 8 <= needed <= LEAST_CYCLES * 8
+    return bool(decide("parallel", int(needed >= LEAST_CYCLES), (0, 1) if open_question else ()))
 
 
 def serial(body: Any) -> Any:

@@ -20,6 +20,7 @@ from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops
+from optc.backends.kernels.decisions import decide
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, static, store
 
@@ -137,7 +138,7 @@ class _Generator:
         stop = tirx.min(tirx.floordiv(last, loops.index(s)) + 1, full)
         first, stop = (self.reader.analyzer.simplify(v) for v in (first, stop))
         count = static(self.reader.analyzer.simplify(stop - first))
-        pixels = 4 if count is None else min(_PIXELS, key=lambda p: -(-count // p) * p * (1 + 0.25 / p))
+        pixels = self._pixels(count)
         if count is not None and count < pixels:
             return loop("x", width, lambda x: self._pixel(places, x, ranges, before, size))
         enough = stop - first >= pixels
@@ -163,6 +164,18 @@ class _Generator:
             )
 
         return bind("first", tirx.max(first, zero), lambda a: bind("stop", stop, lambda b: body(a, b)))
+
+    @staticmethod
+    def _pixels(count: int | None) -> int:
+        """Return how many pixels make a tile, of ``count`` in a row."""
+        if count is None:
+            return 4
+
+        def cost(pixels: int) -> float:
+            return -(-count // pixels) * pixels * (1 + 0.25 / pixels)
+
+        best = min(_PIXELS, key=cost)
+        return decide("pixels", best, [p for p in _PIXELS if p <= count] if best <= count else [], cost)
 
     def _vectors(self, body: Any) -> Any:
         """Return the loop over vectors of channels."""

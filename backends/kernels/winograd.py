@@ -11,6 +11,7 @@ Rounding: with inputs of like magnitude the error relative to the largest output
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tvm import te, tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import register_tile
+from optc.backends.kernels.decisions import decide
 from optc.backends.kernels.loops import static
 
 TEMPLATE = "winograd"
@@ -64,7 +66,7 @@ _LARGE = 56
 def choose(height: Any, width: Any, depth: int, maps: int, target: Target) -> int | None:
     """Return the output tile (4 or 2) that should be fastest for an image of ``height`` x ``width``, None for direct.
 
-    Products, weights from memory, and transforms are counted in cycles of one core.
+    Products, weights from memory, and transforms are counted in cycles of one core. The knob ``winograd``, 0 is direct.
     """
     lanes = target.lanes(32)
     products_in_a_cycle = register_tile.multiply_adds(target) * lanes
@@ -83,9 +85,8 @@ def choose(height: Any, width: Any, depth: int, maps: int, target: Target) -> in
         return max(products, weights) + moved
 
     direct = max(rows * columns * 9 * depth * maps / products_in_a_cycle, 9 * depth * maps * 4 / _FETCH_BYTES)
-    costs = {2: cycles(2), 4: cycles(4)}
-    best = min(costs, key=lambda m: costs[m])
-    return best if costs[best] < direct else None
+    costs = {0: direct, 2: cycles(2), 4: cycles(4)}
+    return decide("winograd", min(costs, key=lambda m: costs[m]), costs, lambda m: costs[m]) or None
 
 
 def transform_filters(weights: np.ndarray, m: int) -> np.ndarray:
@@ -96,12 +97,19 @@ def transform_filters(weights: np.ndarray, m: int) -> np.ndarray:
 
 
 def convolve(
-    x: Any, u: Any, input_table: Any, output_table: Any, maps: int, before: tuple[int, int], out: tuple[Any, Any]
+    x: Any,
+    u: Any,
+    input_table: Any,
+    output_table: Any,
+    maps: int,
+    before: tuple[int, int],
+    out: tuple[Any, Any],
+    notes: Mapping[str, Any],
 ) -> Any:
     """Convolve ``x [N, H, W, C]``, padded with zeros ``before`` and behind: ``[N, *out, maps]``.
 
     ``u [a * a, ceil(maps/width), C, width]`` are packed transformed filters; the tables are ``B^T`` and ``A^T``. This
-    defines the result; the order of its sums is the schedule's (``winograd_schedule.py``).
+    defines the result; the order of its sums is the schedule's (``winograd_schedule.py``). ``notes`` are annotations.
     """
     m, a = (int(d) for d in output_table.shape)
     width, (height, across) = u.shape[-1], x.shape[1:3]
@@ -116,5 +124,5 @@ def convolve(
         back = output_table[h % m, e // a] * output_table[w % m, e % a]
         return te.sum(back * u[e, o // width, c, o % width] * forward, axis=[e, c, i, j])
 
-    attributes = {"optc.template": TEMPLATE, "optc.m": m, "optc.before": list(before)}
+    attributes = {"optc.template": TEMPLATE, "optc.m": m, "optc.before": list(before), **notes}
     return te.compute((x.shape[0], *out, maps), element, "winograd", attrs=attributes)

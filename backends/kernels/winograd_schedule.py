@@ -20,6 +20,7 @@ from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops, register_tile
+from optc.backends.kernels.decisions import decide
 from optc.backends.kernels.fused import Fused, Reader, take_apart
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 from optc.backends.kernels.packed_schedule import far, prefetch
@@ -37,6 +38,11 @@ def schedule(function: Any, target: Target) -> Any:
     if fused is None:
         return None
     return _Generator(fused, target).function()
+
+
+def _chunks_of(tiles: int) -> list[int]:
+    """Return numbers of tiles to a chunk to try."""
+    return [0, *(size for size in (6, 8, 12, 16, 18, 24, 36, 48, 64) if 2 * size <= tiles)]
 
 
 def _combine(coefficients: np.ndarray, values: list[Any]) -> Any:
@@ -77,13 +83,16 @@ class _Generator:
         self.vectors = self.panel // self.lanes
         tile_bytes = self.a**2 * (self.depth + self.panels * self.panel) * 4
         known = static(self.tiles)
-        self.chunk = _CHUNK_TILES
-        fits = tile_bytes * self.chunk <= target.caches.l2 * 3 // 4
-        self.chunked = fits and (known is None or known > _CHUNKS * self.chunk)
+        fits = tile_bytes * _CHUNK_TILES <= target.caches.l2 * 3 // 4
+        chunked = fits and (known is None or known > _CHUNKS * _CHUNK_TILES)
+        # Tiles in a chunk, 0 to do each step for all of them.
+        self.chunk = decide("chunk", _CHUNK_TILES if chunked else 0, [] if known is None else _chunks_of(known))
+        self.chunked = self.chunk > 0
         rows = self.chunk if self.chunked else known
-        self.mr = register_tile.tile_rows(rows, self.depth, self.vectors, target)
+        self.mr = register_tile.decide_rows(rows, self.depth, self.vectors, target)
         self.chunk = -(-self.chunk // self.mr) * self.mr
-        self.far = far(self.a**2 * self.panels * self.depth * self.panel * 4, target)
+        is_far = far(self.a**2 * self.panels * self.depth * self.panel * 4, target)
+        self.far = bool(decide("prefetch", int(is_far), (0, 1)))
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
@@ -216,7 +225,7 @@ class _Generator:
         view = self.reader.flatten(tirx.BufferLoad(self.filters, [loops.index(0)] * 4), []).source
         size = self.depth * self.panel
         known = static(blocks)
-        step = -(-self.panel // (self.chunk // self.mr if known is None else known))
+        step = -(-self.panel // (-(-(self.chunk or _CHUNK_TILES) // self.mr) if known is None else known))
 
         def block(r: Any, start: Any) -> Any:
             lanes, mr, width = self.lanes, self.mr, self.vectors

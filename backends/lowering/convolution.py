@@ -8,7 +8,9 @@ import numpy as np
 from tvm import relax, te, tirx
 
 from optc.backends.kernels import contraction, convolution, few_rows, winograd
-from optc.backends.kernels.loops import ceildiv
+from optc.backends.kernels.decisions import Space
+from optc.backends.kernels.loops import ceildiv, static
+from optc.backends.kernels.workload import Core, annotation, sizes
 from optc.backends.lowering.emit import as_index, shape_of
 from optc.backends.lowering.known import Known
 from optc.backends.lowering.layout import channels_last, permuted
@@ -40,9 +42,32 @@ def conv(site: Site) -> Any:
         return _unpacked(site, filters, groups, geometry)
     if filters[1] == 1 and groups > 1 and filters[0] % groups == 0:
         return Known(last=_depthwise(site, weights, groups, geometry))
-    tile = _winograd_tile(site, weights, groups, geometry)
-    if tile is not None:
-        return Known(last=_winograd(site, weights, geometry, tile))
+    core = conv_core(site, weights, groups, geometry)
+    with site.layout(core) as layout:
+        tile = _winograd_tile(site, weights, groups, geometry)
+        if tile is not None:
+            return Known(last=_winograd(site, weights, geometry, tile, core, layout))
+        return _direct(site, weights, groups, geometry, core, layout)
+
+
+def conv_core(site: Site, weights: np.ndarray, groups: int, geometry: Windows) -> Core:
+    """Return the workload of a convolution with constant weights ``[M, C/G, *K]``, before anything is fused to it."""
+    return {
+        "op": "conv",
+        "batch": static(site.shape(0)[0]),
+        "out": sizes(geometry.out),
+        "filters": list(weights.shape),
+        "groups": groups,
+        "strides": geometry.strides,
+        "dilations": geometry.dilations,
+        "padded": int(bool(geometry.padded)),
+        "last": int(site.value(0) in site.lowerer.channels_last),
+        "dtype": site.dtype(0),
+    }
+
+
+def _direct(site: Site, weights: np.ndarray, groups: int, geometry: Windows, core: Core, layout: Space) -> Any:
+    shape, filters = site.shape(0), weights.shape
     wanted = [shape[0], filters[1] * groups, *shape[2:]]
     # The rows of the product may lie in memory in any way: an image that is not channels-last is read as it is.
     last = site.value(0) in site.lowerer.channels_last
@@ -50,14 +75,29 @@ def conv(site: Site) -> Any:
         x = site.check_equal(site.last(0), permuted(wanted, channels_last(len(shape))))
     else:
         x = site.check_equal(site.tensor(0), wanted)
-    return Known(last=product(site, padded(site, x, geometry, last=last), weights, groups, geometry, last=last))
+    x = padded(site, x, geometry, last=last)
+    return Known(last=product(site, x, weights, groups, geometry, core, layout, last=last))
 
 
-def product(site: Site, x: Any, weights: np.ndarray, groups: int, geometry: Windows, *, last: bool) -> Any:
-    """Convolve padded ``x``, channels-last or not, with constant ``weights [M, C/G, *K]`` and the bias of input 2."""
+def product(
+    site: Site,
+    x: Any,
+    weights: np.ndarray,
+    groups: int,
+    geometry: Windows,
+    core: Core,
+    layout: Space,
+    *,
+    last: bool,
+) -> Any:
+    """Convolve padded ``x``, channels-last or not, with constant ``weights [M, C/G, *K]`` and the bias of input 2.
+
+    What this decides about the layout of the filters is in ``layout``, which must be in force.
+    """
     channels, dtype = weights.shape[0], str(x.ty.dtype)
     rows = static_product([shape_of(x)[0], *geometry.out])
     w = site.weight(pack_filters(site, weights, groups, rows, dtype), "packed")
+    notes = annotation(core, layout.decisions)
     bias = [site.tensor(2)] if site.has(2) else []
 
     def compute(a: Any, f: Any, *b: Any) -> Any:
@@ -70,6 +110,7 @@ def product(site: Site, x: Any, weights: np.ndarray, groups: int, geometry: Wind
             dilations=geometry.dilations,
             out=geometry.out,
             last=last,
+            notes=notes,
         )
         for term in b:
             y = convolution.add_channels(y, term, groups)
@@ -100,7 +141,7 @@ def _winograd_tile(site: Site, weights: np.ndarray, groups: int, geometry: Windo
     return winograd.choose(height, width, weights.shape[1], weights.shape[0], site.target)
 
 
-def _winograd(site: Site, weights: np.ndarray, geometry: Windows, m: int) -> Any:
+def _winograd(site: Site, weights: np.ndarray, geometry: Windows, m: int, core: Core, layout: Space) -> Any:
     """Convolve by Winograd's algorithm with output tiles of ``m`` x ``m``."""
     maps, depth = weights.shape[:2]
     shape = site.shape(0)
@@ -113,9 +154,10 @@ def _winograd(site: Site, weights: np.ndarray, geometry: Windows, m: int) -> Any
     tables = [relax.const(table[m].astype(np.float32)) for table in (winograd.INPUT, winograd.OUTPUT)]
     before, out = (geometry.before[0], geometry.before[1]), (_index(height), _index(width))
     bias = [site.tensor(2)] if site.has(2) else []
+    notes = annotation(core, layout.decisions)
 
     def compute(a: Any, f: Any, forward: Any, back: Any, *b: Any) -> Any:
-        y = winograd.convolve(a, f, forward, back, maps, before, out)
+        y = winograd.convolve(a, f, forward, back, maps, before, out, notes)
         for term in b:
             y = convolution.add_channels(y, term, 1)
         return y

@@ -20,6 +20,7 @@ import tvm
 from tvm import relax, te, tirx
 
 from optc.backends.base import Target
+from optc.backends.kernels.decisions import Tuning
 from optc.backends.lowering import branches, layout, shape_values
 from optc.backends.lowering import emit as emission
 from optc.backends.lowering.known import Known
@@ -51,6 +52,9 @@ _DTYPES = {
 }
 
 
+_Table = Mapping[tuple[str, str], Lower]
+
+
 @dataclass
 class Lowered:
     """A Relax module with function ``main(inputs..., weights...)`` returning a tuple of the outputs."""
@@ -64,25 +68,27 @@ class Lowered:
 
 
 def lower(
-    model: oir.Model, table: Mapping[tuple[str, str], Lower], target: Target, without: Collection[str] = ()
+    model: oir.Model, table: _Table, target: Target, without: Collection[str] = (), tuning: Tuning | None = None
 ) -> Lowered:
     """Lower ``model``; raises UnsupportedModelError naming every node that cannot be lowered, and why.
 
-    Weights are packed as the kernels of ``target`` read them. ``without`` names algorithms to leave out.
+    Weights are packed as the kernels of ``target`` read them. ``without`` names algorithms to leave out, and
+    ``tuning`` may know better layouts of operands than the analytic ones.
     """
-    return Lowerer(model, table, target, without).run()
+    return Lowerer(model, table, target, without, tuning).run()
 
 
 class Lowerer:
     """The state of one lowering: builder, lowered values, known integers, weights, symbolic dimensions."""
 
     def __init__(
-        self, model: oir.Model, table: Mapping[tuple[str, str], Lower], target: Target, without: Collection[str] = ()
+        self, model: oir.Model, table: _Table, target: Target, without: Collection[str], tuning: Tuning | None
     ) -> None:
         self.model = model
         self.table = table
         self.target = target
         self.without = frozenset(without)
+        self.tuning = tuning
         self.builder = relax.BlockBuilder()
         self.tensors: dict[oir.Value, Any] = {}
         self.channels_last: dict[oir.Value, Any] = {}

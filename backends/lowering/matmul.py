@@ -12,6 +12,7 @@ from optc.backends.kernels import contraction, few_rows, register_tile
 from optc.backends.kernels.fused import bits
 from optc.backends.kernels.loops import product as product_of
 from optc.backends.kernels.loops import static
+from optc.backends.kernels.workload import annotation
 from optc.backends.lowering.broadcasting import broadcast_shapes, checked
 from optc.backends.lowering.emit import plain, shape_of
 from optc.backends.lowering.site import Site, scalar
@@ -43,13 +44,15 @@ def matmul(site: Site) -> Any:
 def packed(site: Site, a: Any, matrix: np.ndarray, name: str = "matmul") -> Any:
     """Emit ``a [..., M, K]`` times a constant ``[K, N]``."""
     rows = static_product(shape_of(a)[:-1])
-    width = panel_width(site, rows, matrix.shape[0], matrix.shape[1], str(a.ty.dtype))
-    weight = site.weight(contraction.pack_columns(matrix, width), "packed")
-    a = site.check_equal(a, [*shape_of(a)[:-1], matrix.shape[0]])
     n, dtype = matrix.shape[1], str(a.ty.dtype)
+    core = {"op": "matmul", "m": rows, "k": matrix.shape[0], "n": n, "dtype": dtype}
+    with site.layout(core) as layout:
+        width = panel_width(site, rows, matrix.shape[0], n, dtype)
+    weight, notes = site.weight(contraction.pack_columns(matrix, width), "packed"), annotation(core, layout.decisions)
+    a = site.check_equal(a, [*shape_of(a)[:-1], matrix.shape[0]])
 
     def compute(x: Any, w: Any) -> Any:
-        return contraction.narrow(contraction.packed_matmul(x, w, n), dtype)
+        return contraction.narrow(contraction.packed_matmul(x, w, n, notes), dtype)
 
     return site.emit(compute, a, weight, name=name, attributes=contraction.FUSIBLE)
 
@@ -87,11 +90,11 @@ def gemm(site: Site) -> Any:
     depth = (site.shape(1) if constant is None else constant.shape)[1 if trans_b else 0]
     rows = site.shape(0)[1 if trans_a else 0]
     a = site.check_equal(a, [depth, rows] if trans_a else [rows, depth])
-    second = _packed_gemm_weight(site, constant, trans_b, rows) if use_packed else site.tensor(1)
+    second, notes = _packed_gemm_weight(site, constant, trans_b, rows) if use_packed else (site.tensor(1), {})
 
     def compute(x: Any, w: Any, *c: Any) -> Any:
         if use_packed:
-            acc = contraction.packed_matmul(x, w, constant.shape[0 if trans_b else 1])
+            acc = contraction.packed_matmul(x, w, constant.shape[0 if trans_b else 1], notes)
         else:
             acc = contraction.matmul(x, w, [], transpose_a=trans_a, transpose_b=trans_b)
         if not c and alpha == 1.0:
@@ -114,10 +117,14 @@ def gemm(site: Site) -> Any:
     return site.emit(compute, a, second, *addends, name="gemm", attributes=contraction.FUSIBLE)
 
 
-def _packed_gemm_weight(site: Site, constant: np.ndarray, transposed: bool, rows: Any) -> Any:
+def _packed_gemm_weight(site: Site, constant: np.ndarray, transposed: bool, rows: Any) -> tuple[Any, dict[str, str]]:
+    """Return the packed matrix, and the annotations of its product."""
     matrix = constant.T if transposed else constant
-    width = panel_width(site, static(rows), matrix.shape[0], matrix.shape[1], site.dtype(0))
-    return site.weight(contraction.pack_columns(matrix, width), "packed")
+    depth, columns = matrix.shape
+    core = {"op": "matmul", "m": static(rows), "k": depth, "n": columns, "dtype": site.dtype(0)}
+    with site.layout(core) as layout:
+        width = panel_width(site, static(rows), depth, columns, site.dtype(0))
+    return site.weight(contraction.pack_columns(matrix, width), "packed"), annotation(core, layout.decisions)
 
 
 def panel_width(site: Site, rows: int | None, depth: int, columns: int, dtype: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -10,6 +11,8 @@ import onnx_ir as oir
 from tvm import relax, tirx
 
 from optc.backends.base import Target
+from optc.backends.kernels.decisions import Space, deciding
+from optc.backends.kernels.workload import Core, Workload
 from optc.backends.lowering import emit as emission
 
 if TYPE_CHECKING:
@@ -40,6 +43,13 @@ class Site:
     def target(self) -> Target:
         """The machine that is compiled for."""
         return self.lowerer.target
+
+    @contextmanager
+    def layout(self, core: Core) -> Iterator[Space]:
+        """Let tuning decide inside of the block about operands and algorithm of a kernel that computes ``core``."""
+        tuning = self.lowerer.tuning
+        with deciding(tuning.layout(Workload(core)) if tuning else {}, strict=False) as space:
+            yield space
 
     def attr(self, name: str, default: Any = None) -> Any:
         """Return the Python value of an attribute (int, float, str, list, array of a tensor), or ``default``."""
