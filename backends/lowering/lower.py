@@ -51,7 +51,6 @@ _DTYPES = {
     oir.DataType.BOOL: "bool",
 }
 
-
 _Table = Mapping[tuple[str, str], Lower]
 
 
