@@ -50,8 +50,7 @@ def schedule(function: Any, target: Target) -> Any:
 
 
 def _pick(fused: Fused, key: str) -> Axes:
-    positions = [int(i) for i in fused.core.annotations[key]]
-    return Axes([fused.spatial.variables[i] for i in positions], [fused.spatial.extents[i] for i in positions])
+    return fused.spatial.pick(fused.core.annotations[key])
 
 
 class _Generator:

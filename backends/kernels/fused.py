@@ -30,6 +30,11 @@ class Axes:
         """The number of positions."""
         return loops.product(self.extents)
 
+    def pick(self, positions: Sequence[Any]) -> Axes:
+        """Return some of the axes."""
+        chosen = [int(i) for i in positions]
+        return Axes([self.variables[i] for i in chosen], [self.extents[i] for i in chosen])
+
     def at(self, flat: Any) -> dict[Any, Any]:
         """Return the value of each variable at flat position ``flat``."""
         if not self.variables:

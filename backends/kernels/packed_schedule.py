@@ -88,6 +88,8 @@ class PackedGenerator:
         self.row_tiles = size(loops.ceildiv(self.r, self.mr))
         self.whole_tiles, self.column_tiles = self.n // self.nr, -(-self.n // self.nr)
         self.exact = static(self.r) is not None and self.r % self.mr == 0
+        self.buffers: list[Any] = []
+        """Allocations of what a task needs to unpack panels."""
         self.address = self._separate()
         operand = loops.loads(self.column_operand)[0].source
         is_far = far(prod(int(d) for d in operand.shape) * bits(str(operand.dtype)) // 8, target)
@@ -99,13 +101,17 @@ class PackedGenerator:
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
+        return self.reader.finish(self.statement())
+
+    def statement(self) -> Any:
+        """Return the loop nest."""
         chunk, groups = self._chunk_tiles(), self._groups()
         chunks = self.reader.size(loops.ceildiv(self.row_tiles, chunk))
         self.tail, allocate = loops.scratch("tail", self.mr * self.lanes, self.dtype)
         self.chunk, self.per_group = chunk, -(-self.column_tiles // groups)
         size = chunk * self.mr * self.per_group * self.nr
         self.sums, allocate_sums = loops.scratch("sums", size, self.dtype)
-        allocations = [allocate] if self.n % self.lanes else []
+        allocations = [*self.buffers, *([allocate] if self.n % self.lanes else [])]
         allocations += [allocate_sums] if self.blocks > 1 else []
 
         def body(b: Any, c: Any, g: Any) -> Any:
@@ -121,7 +127,7 @@ class PackedGenerator:
             b, c, g = loops.unravel(o, coordinates)
             return bind("batch", b, lambda b: bind("chunk", c, lambda c: bind("group", g, lambda g: body(b, c, g))))
 
-        return self.reader.finish(loop("task", self.b * chunks * groups, task, "parallel"))
+        return loop("task", self.b * chunks * groups, task, "parallel")
 
     def _chunk_tiles(self) -> int:
         """Return how many row tiles make a chunk."""
@@ -186,7 +192,8 @@ class PackedGenerator:
         def rows(t: Any, width: int, position: Any) -> Any:
             # Of the loop's variable alone: TVM cuts buffers to what it believes is used.
             sums = position * (self.chunk * self.mr * self.nr)
-            return loop("r", here, lambda r: self._tile(places, first, r, t, width, block, sums))
+            ready = self._unpack(t, block)
+            return sequence(ready, loop("r", here, lambda r: self._tile(places, first, r, t, width, block, sums)))
 
         whole = self.whole_tiles if groups == 1 else loops.smaller((group + 1) * self.per_group, self.whole_tiles)
         count = whole if groups == 1 else tirx.max(loops.index(whole) - begin, loops.index(0))
@@ -219,6 +226,9 @@ class PackedGenerator:
             return sequence(inner, tirx.IfThenElse(loops.index(group) == groups - 1, last, None))
 
         return loop("r", here, row)
+
+    def _unpack(self, t: Any, block: Block) -> Any:
+        """Return what makes a block of panel ``t`` ready before rows pass under it: None, it lies as it is read."""
 
     def _next_panel(self, places: dict[Any, Any], r: Any, t: Any, block: Block) -> tuple[Any, list[Any]]:
         """Return the function that fetches, step by step, part ``r`` of the next panel into the second-level cache.

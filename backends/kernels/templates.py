@@ -14,6 +14,8 @@ from optc.backends.kernels import (
     few_rows,
     integer_contraction,
     integer_schedule,
+    weight_only,
+    weight_only_schedule,
     window,
     winograd,
     winograd_schedule,
@@ -32,6 +34,7 @@ TEMPLATES: dict[str, ScheduleFunction] = {
     attention.TEMPLATE: attention_schedule.schedule,
     contraction.TEMPLATE: _contraction,
     integer_contraction.TEMPLATE: integer_schedule.schedule,
+    weight_only.TEMPLATE: weight_only_schedule.schedule,
     window.TEMPLATE: window.schedule,
     winograd.TEMPLATE: winograd_schedule.schedule,
 }

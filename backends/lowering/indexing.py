@@ -10,6 +10,7 @@ from tvm import te, tirx
 from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
 from optc.backends.lowering.emit import as_index
+from optc.backends.lowering.known import Dequantized
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 
@@ -25,6 +26,9 @@ def gather(site: Site) -> Any:
     size = data[axis]
     if 0 in indices:
         return _nothing(site, [*data[:axis], *indices, *data[axis + 1 :]])
+    constant = site.dequantized(0)
+    if constant is not None:
+        return _gather_dequantized(site, constant, axis, data, indices)
     if fixed is not None and fixed.size == 1:
         place = im.wrap_negative(int(fixed.reshape(-1)[0]), size)
         row = take_one(site, site.tensor(0), axis, as_index(place))
@@ -39,6 +43,21 @@ def gather(site: Site) -> Any:
         return te.compute([*a.shape[:axis], *at.shape, *a.shape[axis + 1 :]], element, "gather")
 
     return site.emit(compute, site.tensor(0), site.tensor(1))
+
+
+def _gather_dequantized(site: Site, constant: Dequantized, axis: int, data: list[Any], indices: list[Any]) -> Any:
+    """Dequantize only what is gathered."""
+    tensors, read = constant.parts()
+    rank, size = len(indices), data[axis]
+
+    def compute(at: Any, *given: Any) -> Any:
+        def element(*i: Any) -> Any:
+            place = as_index(im.wrap_negative(at(*i[axis : axis + rank]), size))
+            return read([*i[:axis], place, *i[axis + rank :]], *given)
+
+        return te.compute([*data[:axis], *at.shape, *data[axis + 1 :]], element, "gather")
+
+    return site.emit(compute, site.tensor(1), *tensors)
 
 
 def take_one(site: Site, tensor: Any, axis: int, place: Any) -> Any:

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """A constant ``(values - zero) * scale`` that is computed where it is read.
+
+    ``values`` are integers; ``scale`` and ``zero`` (None for 0) are one number, one for each position of ``axis``, or
+    one for each ``block`` positions of it where ``block`` > 0.
+
+    ``parts`` gives tensors that hold all this, integers of 4 bits packed, and the function that computes an element:
+    ``read(index, *tensors)``. ``make`` emits the kernel that computes all elements.
+    """
+
+    values: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray | None
+    axis: int
+    block: int
+    parts: Callable[[], tuple[list[Any], Callable[..., Any]]]
+    make: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -20,3 +41,15 @@ class Known:
     integers: np.ndarray | None = None
     constant: np.ndarray | None = None
     sequence: tuple[Known, ...] | None = None
+    dequantized: Dequantized | None = None
+
+
+TABLES = {
+    "tensors": "tensor",
+    "channels_last": "last",
+    "integers": "integers",
+    "constants": "constant",
+    "sequences": "sequence",
+    "dequantized": "dequantized",
+}
+"""Where the lowerer keeps what is known about values, by the name that ``Known`` has for it."""

@@ -23,7 +23,7 @@ from optc.backends.base import Target
 from optc.backends.kernels.decisions import Tuning
 from optc.backends.lowering import branches, layout, shape_values
 from optc.backends.lowering import emit as emission
-from optc.backends.lowering.known import Known
+from optc.backends.lowering.known import TABLES, Dequantized, Known
 from optc.backends.lowering.site import Impossible, Poisoned, Unsupported
 from optc.backends.lowering.table import Lower, outputs
 from optc.errors import UnsupportedModelError
@@ -94,6 +94,7 @@ class Lowerer:
         self.integers: dict[oir.Value, np.ndarray] = {}
         self.constants: dict[oir.Value, np.ndarray] = {}
         self.sequences: dict[oir.Value, tuple[Known, ...]] = {}
+        self.dequantized: dict[oir.Value, Dequantized] = {}
         self.weight_vars: dict[str, Any] = {}
         self.weights: dict[str, np.ndarray] = {}
         self.symbols: dict[Any, None] = {}
@@ -153,17 +154,12 @@ class Lowerer:
     @contextmanager
     def scope(self) -> Iterator[None]:
         """What is lowered inside is unknown outside, where it may never run; so are shapes learned inside."""
-        saved = (
-            dict(self.tensors),
-            dict(self.channels_last),
-            dict(self.integers),
-            dict(self.constants),
-            dict(self.sequences),
-        )
+        saved = {name: dict(getattr(self, name)) for name in TABLES}
         try:
             yield
         finally:
-            self.tensors, self.channels_last, self.integers, self.constants, self.sequences = saved
+            for name, entries in saved.items():
+                setattr(self, name, entries)
 
     def subgraph(self, graph: oir.Graph) -> list[Any]:
         """Lower a subgraph into the current block; returns its outputs."""
@@ -187,15 +183,9 @@ class Lowerer:
 
     def define(self, value: oir.Value, known: Known) -> None:
         """Let ``value`` be what is ``known``."""
-        entries: list[tuple[dict[oir.Value, Any], Any]] = [
-            (self.tensors, known.tensor),
-            (self.channels_last, known.last),
-            (self.integers, known.integers),
-            (self.constants, known.constant),
-            (self.sequences, known.sequence),
-        ]
         self.made_last.discard(value)
-        for table, entry in entries:
+        for name, field_name in TABLES.items():
+            table, entry = getattr(self, name), getattr(known, field_name)
             table.pop(value, None)
             if entry is not None:
                 table[value] = entry
@@ -304,6 +294,8 @@ class Lowerer:
             array = self.constant(value)
             made = self.materialize(self.integers[value], self.dtype(value)) if array is None else None
             self.tensors[value] = made if made is not None else self._inline_or_weight(array, value)
+        elif value in self.dequantized:
+            return self.dequantized[value].make()
         elif (array := self.constant(value)) is not None:
             self.dtype(value)
             self.tensors[value] = self._inline_or_weight(array, value)
@@ -331,6 +323,8 @@ class Lowerer:
         """Return the dimensions of ``value``: Python ints or symbolic expressions."""
         if value in self.integers:
             return list(self.integers[value].shape)
+        if value in self.dequantized:
+            return list(self.dequantized[value].values.shape)
         if value in self.channels_last:
             shape = emission.shape_of(self.channels_last[value])
             return layout.permuted(shape, layout.channels_first(len(shape)))
@@ -344,6 +338,8 @@ class Lowerer:
             return len(emission.shape_of(self.channels_last[value]))
         if value in self.integers:
             return self.integers[value].ndim
+        if value in self.dequantized:
+            return self.dequantized[value].values.ndim
         array = self.constant(value)
         return None if array is None else array.ndim
 

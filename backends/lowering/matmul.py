@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from optc.backends.kernels.fused import bits
 from optc.backends.kernels.loops import product as product_of
 from optc.backends.kernels.loops import static
 from optc.backends.kernels.workload import annotation
+from optc.backends.lowering import weight_only
 from optc.backends.lowering.broadcasting import broadcast_shapes, checked
 from optc.backends.lowering.emit import plain, shape_of
 from optc.backends.lowering.site import Site, scalar
@@ -29,7 +31,10 @@ def matmul(site: Site) -> Any:
     right = list(constant.shape) if constant is not None else site.shape(1)
     if len(left) == 1:
         a = site.reshape(a, [1, left[0]])
-    if constant is not None and len(right) <= 2:
+    weights = weight_only.operand(site, 1, a)
+    if weights is not None:
+        result = _weight_only(site, a, right, *weights)
+    elif constant is not None and len(right) <= 2:
         result = packed(site, a, constant.reshape(constant.shape[0], -1))
     else:
         b = site.tensor(1)
@@ -39,6 +44,17 @@ def matmul(site: Site) -> Any:
     shape = shape_of(result)
     kept = shape[:-2] + ([] if len(left) == 1 else shape[-2:-1]) + ([] if len(right) == 1 else shape[-1:])
     return site.reshape(result, kept)
+
+
+def _weight_only(site: Site, a: Any, shape: Sequence[int], multiply: weight_only.Compute, tensors: list[Any]) -> Any:
+    """Emit ``a [..., M, K]`` times a dequantized constant of ``shape`` ``[K, N]``."""
+    a = site.check_equal(a, [*shape_of(a)[:-1], shape[0]])
+    dtype = str(a.ty.dtype)
+
+    def compute(x: Any, *w: Any) -> Any:
+        return contraction.narrow(multiply(x, *w), dtype)
+
+    return site.emit(compute, a, *tensors, name="matmul", attributes=contraction.FUSIBLE)
 
 
 def packed(site: Site, a: Any, matrix: np.ndarray, name: str = "matmul") -> Any:
@@ -86,17 +102,13 @@ def gemm(site: Site) -> Any:
     alpha, beta = site.attr("alpha", 1.0), site.attr("beta", 1.0)
     constant = site.constant(1)
     addends = [site.tensor(2)] if site.has(2) and beta != 0.0 else []
-    use_packed = constant is not None and not trans_a
     depth = (site.shape(1) if constant is None else constant.shape)[1 if trans_b else 0]
     rows = site.shape(0)[1 if trans_a else 0]
     a = site.check_equal(a, [depth, rows] if trans_a else [rows, depth])
-    second, notes = _packed_gemm_weight(site, constant, trans_b, rows) if use_packed else (site.tensor(1), {})
+    multiply, factors = _factors(site, a, rows, trans_a=trans_a, trans_b=trans_b)
 
-    def compute(x: Any, w: Any, *c: Any) -> Any:
-        if use_packed:
-            acc = contraction.packed_matmul(x, w, constant.shape[0 if trans_b else 1], notes)
-        else:
-            acc = contraction.matmul(x, w, [], transpose_a=trans_a, transpose_b=trans_b)
+    def compute(x: Any, *tensors: Any) -> Any:
+        acc, c = multiply(x, *tensors[: len(factors)]), tensors[len(factors) :]
         if not c and alpha == 1.0:
             return contraction.narrow(acc, dtype)
         return te.compute(acc.shape, lambda i, j: finish(acc, i, j, *c).astype(dtype), "addend")
@@ -114,17 +126,24 @@ def gemm(site: Site) -> Any:
             value = value + (added if beta == 1.0 else added * scalar(beta, wide))
         return value
 
-    return site.emit(compute, a, second, *addends, name="gemm", attributes=contraction.FUSIBLE)
+    return site.emit(compute, a, *factors, *addends, name="gemm", attributes=contraction.FUSIBLE)
 
 
-def _packed_gemm_weight(site: Site, constant: np.ndarray, transposed: bool, rows: Any) -> tuple[Any, dict[str, str]]:
-    """Return the packed matrix, and the annotations of its product."""
-    matrix = constant.T if transposed else constant
+def _factors(site: Site, a: Any, rows: Any, *, trans_a: bool, trans_b: bool) -> tuple[weight_only.Compute, list[Any]]:
+    """Return how a Gemm multiplies ``a``, and the tensors of its second factor."""
+    weights = None if trans_a else weight_only.operand(site, 1, a, transposed=trans_b)
+    if weights is not None:
+        return weights
+    constant = site.constant(1)
+    if constant is None or trans_a:
+        return partial(contraction.matmul, batch=[], transpose_a=trans_a, transpose_b=trans_b), [site.tensor(1)]
+    matrix = constant.T if trans_b else constant
     depth, columns = matrix.shape
     core = {"op": "matmul", "m": static(rows), "k": depth, "n": columns, "dtype": site.dtype(0)}
     with site.layout(core) as layout:
         width = panel_width(site, static(rows), depth, columns, site.dtype(0))
-    return site.weight(contraction.pack_columns(matrix, width), "packed"), annotation(core, layout.decisions)
+    weight = site.weight(contraction.pack_columns(matrix, width), "packed")
+    return partial(contraction.packed_matmul, n=columns, notes=annotation(core, layout.decisions)), [weight]
 
 
 def panel_width(site: Site, rows: int | None, depth: int, columns: int, dtype: str) -> int:

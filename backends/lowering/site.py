@@ -14,6 +14,7 @@ from optc.backends.base import Target
 from optc.backends.kernels.decisions import Space, deciding
 from optc.backends.kernels.workload import Core, Workload
 from optc.backends.lowering import emit as emission
+from optc.backends.lowering.known import Dequantized
 
 if TYPE_CHECKING:
     from optc.backends.lowering.lower import Lowerer
@@ -128,6 +129,10 @@ class Site:
         if not self.has(index):
             return None
         return self.lowerer.constant(self.value(index))
+
+    def dequantized(self, index: int) -> Dequantized | None:
+        """Return input ``index`` as the constant integers that it is dequantized from, None if it is not."""
+        return self.lowerer.dequantized.get(self.value(index))
 
     def ints(self, index: int) -> list[Any]:
         """Return the elements of a 0-D or 1-D integer input, flat: ints or int64 expressions of symbolic dims.
