@@ -1,9 +1,9 @@
 """The schedule of products with packed weights for few rows: the weights are read once, as they lie in memory.
 
-    left[row, k] = row operand * 16^-(k % 8), sums[row, chain] = sum of the row operand over a chain
+    left[row, k] = row operand * 16^-(k % 8), sums[row, chain] = -(sum of the row operand over a chain)
     for tile:                                      parallel
         for chain:
-            acc[rows, slots] = -zero * sums[rows, chain]
+            acc[rows, slots] = zero * sums[rows, chain]
             for k of the chain: acc += left[rows, k] * float(words & mask)                         registers
             total[rows, slots] += acc * scale
         out = epilogue(total)
@@ -22,6 +22,7 @@ from optc.backends.kernels import loops
 from optc.backends.kernels.few_rows import STREAMS
 from optc.backends.kernels.fused import Fused, Reader, bits
 from optc.backends.kernels.loops import bind, load, loop, sequence, store
+from optc.backends.kernels.register_tile import IN_FLIGHT
 from optc.backends.kernels.weight_only import CHAIN, FIELDS
 
 _MOST = 16
@@ -85,7 +86,7 @@ class RowsGenerator:
     """Writes the loop nest of one product of ``rows`` rows."""
 
     def __init__(self, fused: Fused, reader: Reader, target: Target, rows: int) -> None:
-        self.reader, self.m = reader, rows
+        self.reader, self.m, self.registers = reader, rows, target.registers
         self.row_operand = fused.core.body.value.b.a
         annotations = fused.core.annotations
         self.rows, self.columns = (fused.spatial.pick(annotations[f"optc.{key}"]) for key in ("rows", "columns"))
@@ -96,8 +97,10 @@ class RowsGenerator:
         width = self.matrix.width
         self.lanes = min(target.lanes(bits(self.dtype)), width)
         vectors = width // self.lanes
-        # Slots of one tile: vectors of several panels, or one vector of a panel after the other.
-        fit = max(1, target.registers * 3 // 4 // self.m)
+        # Slots of one tile: vectors of several panels, or one vector of a panel after the other. Fields of a word are
+        # taken out one after the other, so that words stay in registers beside sums, rows and masks.
+        free, words = (target.registers * 3 // 8 + 2, 1) if self.matrix.bits == 4 else (target.registers * 3 // 4, 0)
+        fit = max(1, free // (self.m + words))
         self.streams = max(1, min(STREAMS, fit // vectors, self.matrix.panels))
         self.parts = 1 if fit >= vectors else vectors
         self.tiles = -(-self.matrix.panels // self.streams)
@@ -164,7 +167,7 @@ class RowsGenerator:
                 self.reader.lanewise(lanes, lambda lane: store(partial, lane, tirx.const(0, self.dtype))),
                 vectors if whole else None,
                 *(add(begin + whole * lanes + j, loops.index(j)) for j in range(rest)),
-                store(self.sums, i * self.chains + begin // self.chain, total),
+                store(self.sums, i * self.chains + begin // self.chain, tirx.const(0, self.dtype) - total),
             )
 
         whole, rest = divmod(self.k, self.chain)
@@ -192,12 +195,17 @@ class RowsGenerator:
     def _panels(self, panels: list[Any], start: int, size: int) -> Any:
         """Return the product of all rows with ``size`` columns, from ``start`` on, of each of ``panels``."""
         m, lanes, matrix = self.m, self.lanes, self.matrix
-        acc, total = (
-            [loops.tile(f"{n}{i}_", len(panels), size, self.dtype) for i in range(m)] for n in ("acc", "total")
-        )
-        allocations = [allocate for kind in (acc, total) for _, some in kind for allocate in some]
-        sums, totals = ([buffers for buffers, _ in kind] for kind in (acc, total))
         slots = [(s, v) for s in range(len(panels)) for v in range(0, size, lanes)]
+        # Fields of a word take turns at few accumulators, which would wait for each other.
+        twice = 2 * m * len(slots)
+        room = twice <= IN_FLIGHT and (twice + len(slots)) * 3 // 2 <= self.registers
+        copies = 2 if room and matrix.fields > 1 else 1
+        acc = [loops.tile(f"acc{i}_", len(panels) * copies, size, self.dtype) for i in range(m)]
+        total = [loops.tile(f"total{i}_", len(panels), size, self.dtype) for i in range(m)]
+        allocations = [allocate for _, some in (*acc, *total) for allocate in some]
+        sums, totals = ([buffers for buffers, _ in kind] for kind in (acc, total))
+
+        nothing = tirx.const(0, self.dtype)
 
         def each(make: Any) -> list[Any]:
             """One vector loop for each row and slot: ``make(row, stream, position in the slot's panel part)``."""
@@ -208,19 +216,24 @@ class RowsGenerator:
             ]
 
         def begin(chain: Any, i: int, s: int, j: Any) -> Any:
+            others = [store(sums[i][s + c * len(panels)], j, nothing) for c in range(1, copies)]
             if matrix.centred:
-                return store(sums[i][s], j, tirx.const(0, self.dtype))
+                return sequence(store(sums[i][s], j, nothing), *others)
             zero = matrix.zero_point(panels[s], chain * self.chain // matrix.block, start + j).astype(self.dtype)
-            return store(sums[i][s], j, tirx.const(-1, self.dtype) * zero * load(self.sums, i * self.chains + chain))
+            return sequence(store(sums[i][s], j, zero * load(self.sums, i * self.chains + chain)), *others)
 
         def update(step: Any, field: int, i: int, s: int, j: Any) -> Any:
             q = matrix.integer(panels[s], step, field, start + j, in_place=True).astype(self.dtype)
             left = load(self.left, i * self.padded + step * matrix.fields + field)
-            return store(sums[i][s], j, load(sums[i][s], j) + left * q)
+            into = sums[i][s + field % copies * len(panels)]
+            return store(into, j, load(into, j) + left * q)
 
         def finish(chain: Any, i: int, s: int, j: Any) -> Any:
             scale = matrix.scale(panels[s], chain * self.chain // matrix.block, start + j, self.dtype)
-            return store(totals[i][s], j, load(totals[i][s], j) + load(sums[i][s], j) * scale)
+            summed = load(sums[i][s], j)
+            for c in range(1, copies):
+                summed = summed + load(sums[i][s + c * len(panels)], j)
+            return store(totals[i][s], j, load(totals[i][s], j) + summed * scale)
 
         def over(chain: Any, steps: int) -> Any:
             first = chain * (self.chain // matrix.fields)
@@ -229,16 +242,13 @@ class RowsGenerator:
                 fields = range(matrix.fields)
                 return sequence(
                     *(
-                        vector
-                        for s, v in slots
+                        self.reader.lanewise(
+                            lanes,
+                            lambda lane, f=field, i=i, s=s, v=v: update(first + w, f, i, s, v + lane),
+                        )
                         for field in fields
+                        for s, v in slots
                         for i in range(m)
-                        for vector in [
-                            self.reader.lanewise(
-                                lanes,
-                                lambda lane, f=field, i=i, s=s, v=v: update(first + w, f, i, s, v + lane),
-                            )
-                        ]
                     )
                 )
 
@@ -249,10 +259,9 @@ class RowsGenerator:
             )
 
         whole, rest = divmod(matrix.steps, self.chain // matrix.fields)
-        zero = tirx.const(0, self.dtype)
         return sequence(
             *allocations,
-            *each(lambda i, s, j: store(totals[i][s], j, zero)),
+            *each(lambda i, s, j: store(totals[i][s], j, nothing)),
             loop("chain", whole, lambda c: over(c, self.chain // matrix.fields)) if whole else None,
             over(loops.index(whole), rest) if rest else None,
             *(self._store(panels, totals, s, start, size) for s in range(len(panels))),

@@ -80,6 +80,8 @@ class Case:
     def _values(kind: onnx.TypeProto.Tensor, rng: np.random.Generator) -> np.ndarray:
         shape = [d.dim_value for d in kind.shape.dim]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        if kind.elem_type == onnx.TensorProto.INT4:
+            return rng.integers(-8, 8, shape).astype(dtype)
         if dtype.kind in "iu":
             info = np.iinfo(dtype)
             return rng.integers(info.min, info.max, shape, dtype, endpoint=True)
@@ -137,6 +139,26 @@ CASES = {
         "contraction", """(float[1, $0, $1, $2] x, float[$0, $3, $4, 3] w) => (float[n, m, h, v] y)
         { y = ConvTranspose<strides=[2, 2], pads=[0, 1, 0, 1]>(x, w) }""",
         (64, 14, 14, 32, 3), between((1, 20), (1, 9), (2, 9), (1, 12), (1, 4)), constants=1,
+    ),
+    "one row and weights of 4 bits": Case(
+        "weight_only", """(float[$0, $1] x, int4[$1, $2] w, float[$3, $2] s) => (float[$0, $2] y)
+        { d = DequantizeLinear<axis=0, block_size=32>(w, s) y = MatMul(x, d) }""",
+        (1, 256, 192, 8), lambda rng: (1, 70, int(rng.integers(1, 150)), 3), constants=2,
+    ),
+    "few rows and weights of 4 bits": Case(
+        "weight_only", """(float[$0, $1] x, int4[$1, $2] w, float[$3, $2] s) => (float[$0, $2] y)
+        { d = DequantizeLinear<axis=0, block_size=32>(w, s) y = MatMul(x, d) }""",
+        (4, 256, 192, 8), lambda rng: (4, 90, int(rng.integers(1, 150)), 3), constants=2,
+    ),
+    "many rows and weights of 4 bits": Case(
+        "weight_only", """(float[$0, $1] x, int4[$1, $2] w, float[$3, $2] s) => (float[$0, $2] y)
+        { d = DequantizeLinear<axis=0, block_size=32>(w, s) y = MatMul(x, d) }""",
+        (96, 256, 192, 8), lambda rng: (90, 70, int(rng.integers(1, 150)), 3), constants=2,
+    ),
+    "one row and weights of 8 bits": Case(
+        "weight_only", """(float[$0, $1] x, int8[$1, $2] w, float[$2] s) => (float[$0, $2] y)
+        { d = DequantizeLinear<axis=1>(w, s) y = MatMul(x, d) }""",
+        (1, 256, 192), between((1, 3), (1, 300), (1, 150)), constants=2,
     ),
     "winograd": Case(
         "winograd", """(float[$0, $1, $2, $3] x, float[$4, $1, 3, 3] w) => (float[n, m, h, v] y)
@@ -263,6 +285,8 @@ def runtime(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     """Return a session of onnxruntime."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # Optimized, it would round rows that meet dequantized weights to 8 bits.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 
