@@ -2,12 +2,13 @@
 
 A product is one reduction block ``acc += (row - row_zero) * column``, annotated for ``integer_schedule.py``. Without
 that schedule the block is ordinary TE. Constant columns have their zero point subtracted while compiling and are
-packed as ``[N/16, K/2, 16, 2]``: the two factors that one multiply-add instruction takes lie next to each other.
+packed as ``[N/16, K/2, 16, 2]`` or ``[N/16, K/4, 16, 4]``: the factors that one lane of a multiply-add instruction
+takes lie next to each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from optc.backends.kernels.contraction import broadcast
 TEMPLATE = "integer_contraction"
 COLUMN_BLOCK = 16
 """Columns packed together."""
-DEPTH_BLOCK = 4
-"""Depths packed together at most: four bytes for one lane of a dot product instruction."""
 PAIR = 2
+QUAD = 4
+"""Depths packed together: two int16 or four bytes for one lane of an instruction."""
+DEPTH_BLOCK = QUAD
 PANEL_DEPTH = 1024
 """Depths of a column tile that are widened together: as int16 they fill the first-level cache."""
 
@@ -34,8 +36,8 @@ def split_depth(depth: int) -> tuple[int, int]:
     return chunks, max(1, -(-depth // (chunks * DEPTH_BLOCK))) * DEPTH_BLOCK
 
 
-def pack_columns(matrix: np.ndarray) -> np.ndarray:
-    """Pack integers ``[K, N]`` or ``[T, K, N]`` into ``[ceil(N/16), T * K'/2, 16, 2]``, zero-padded.
+def pack_columns(matrix: np.ndarray, group: int = PAIR) -> np.ndarray:
+    """Pack integers ``[K, N]`` or ``[T, K, N]`` into ``[ceil(N/16), T * K'/group, 16, group]``, zero-padded.
 
     ``K'`` is what ``split_depth`` makes of K. The result is int8 if that holds all values, else int16. Raises
     OverflowError for values beyond int16.
@@ -46,7 +48,7 @@ def pack_columns(matrix: np.ndarray) -> np.ndarray:
     blocks = -(-n // COLUMN_BLOCK)
     padded = np.zeros((taps, chunks * chunk, blocks * COLUMN_BLOCK), _narrowest(matrix))
     padded[:, :k, :n] = runs
-    split = padded.reshape(taps * chunks * chunk // PAIR, PAIR, blocks, COLUMN_BLOCK)
+    split = padded.reshape(taps * chunks * chunk // group, group, blocks, COLUMN_BLOCK)
     return np.ascontiguousarray(split.transpose(2, 0, 3, 1))
 
 
@@ -59,22 +61,29 @@ def _narrowest(values: np.ndarray) -> type[np.int8] | type[np.int16]:
     raise OverflowError(f"weights from {low} to {high} do not fit 16 bits")
 
 
-def annotate(rows: Sequence[int], packed: bool, **more: Sequence[int]) -> dict[str, Any]:
-    """Return the block annotations: ``rows`` are positions of spatial axes; the last axis is the columns."""
+def annotate(rows: Sequence[int], packed: int, **more: Sequence[int]) -> dict[str, Any]:
+    """Return the block annotations: ``rows`` are positions of spatial axes; the last axis is the columns.
+
+    ``packed`` is how many depths of columns are packed together, 0 if they are not.
+    """
     notes = {f"optc.{name}": list(values) for name, values in more.items()}
-    return {"optc.template": TEMPLATE, "optc.rows": list(rows), "optc.packed": int(packed), **notes}
+    return {"optc.template": TEMPLATE, "optc.rows": list(rows), "optc.packed": packed, **notes}
 
 
-def packed_matmul(shape: Sequence[Any], row: Read, packed: Any, n: int) -> Any:
-    """``row [..., M, K]`` (of ``shape``) times columns packed by ``pack_columns``: ``[..., M, N]`` in int32."""
+def packed_matmul(shape: Sequence[Any], row: Read, packed: Any, n: int, notes: Mapping[str, Sequence[int]]) -> Any:
+    """``row [..., M, K]`` (of ``shape``) times columns packed by ``pack_columns``: ``[..., M, N]`` in int32.
+
+    ``notes`` tell how the rows may be held.
+    """
+    group = int(packed.shape[-1])
     k = te.reduce_axis((0, shape[-1]), "k")
 
     def element(*index: Any) -> Any:
         *rows, j = index
-        column = packed(j // COLUMN_BLOCK, k // PAIR, j % COLUMN_BLOCK, k % PAIR)
+        column = packed(j // COLUMN_BLOCK, k // group, j % COLUMN_BLOCK, k % group)
         return te.sum(row(*rows, k) * column.astype("int32"), axis=k)
 
-    return te.compute((*shape[:-1], n), element, "product", attrs=annotate(range(len(shape) - 1), packed=True))
+    return te.compute((*shape[:-1], n), element, "product", attrs=annotate(range(len(shape) - 1), group, **notes))
 
 
 def matmul(a: Any, b: Any, row: Read, column: Read, batch: Sequence[Any]) -> Any:
@@ -89,7 +98,7 @@ def matmul(a: Any, b: Any, row: Read, column: Read, batch: Sequence[Any]) -> Any
         left, right = row(*broadcast(a, outer, batch), i, k), column(*broadcast(b, outer, batch), k, j)
         return te.sum(left * right, axis=k)
 
-    attributes = annotate([len(batch)], packed=False)
+    attributes = annotate([len(batch)], 0)
     return te.compute((*batch, a.shape[-2], b.shape[-1]), element, "product", attrs=attributes)
 
 
@@ -98,12 +107,12 @@ def merged(kernel: Sequence[int], dilations: Sequence[int], channels: int) -> bo
     return dilations[-1] == 1 and kernel[-1] * channels <= PANEL_DEPTH
 
 
-def pack_filters(weights: np.ndarray, dilations: Sequence[int]) -> np.ndarray:
+def pack_filters(weights: np.ndarray, dilations: Sequence[int], group: int = PAIR) -> np.ndarray:
     """Pack filters ``[M, C, KH, KW]`` for ``conv``: a run of depth for each line of the window, or each pixel."""
     maps, channels, height, width = weights.shape
     runs = height if merged((height, width), dilations, channels) else height * width
     # [KH, KW, C, M]: channels of neighbouring pixels follow each other, as in the image.
-    return pack_columns(weights.transpose(2, 3, 1, 0).reshape(runs, -1, maps))
+    return pack_columns(weights.transpose(2, 3, 1, 0).reshape(runs, -1, maps), group)
 
 
 def conv(
@@ -119,13 +128,15 @@ def conv(
     before: Sequence[int],
     out: Sequence[Any],
     magnitude: int,
+    notes: Mapping[str, Sequence[int]],
 ) -> Any:
     """Convolve ``x [N, H, W, C]`` with filters of ``pack_filters``, stacked over groups: ``[N, *out, M]`` in int32.
 
     With ``groups`` > 1 the result is ``[N, *out, G, M/G]``. ``centre`` subtracts the zero point from an int32 value;
     what lies outside of the image counts as 0 after that. ``magnitude`` is the largest sum of the magnitudes of the
-    weights of one output, 0 if they have more than 8 bits.
+    weights of one output, 0 if they have more than 8 bits. ``notes`` tell how the rows may be held.
     """
+    together = int(packed.shape[-1])
     height, width = x.shape[1:3]
     depth = int(x.shape[3]) // groups
     one_run = merged(kernel, dilations, depth)
@@ -140,7 +151,7 @@ def conv(
         inside = tirx.all(iy >= 0, iy < height, ix >= 0, ix < width)
         value = tirx.if_then_else(inside, value, tirx.const(0, "int32"))
         at = ky * length + kx * depth + c if one_run else (ky * kernel[1] + kx) * length + c
-        weight = packed(group, m // COLUMN_BLOCK, at // PAIR, m % COLUMN_BLOCK, at % PAIR)
+        weight = packed(group, m // COLUMN_BLOCK, at // together, m % COLUMN_BLOCK, at % together)
         return te.sum(value * weight.astype("int32"), axis=[ky, kx, c])
 
     geometry = {
@@ -150,6 +161,7 @@ def conv(
         "before": before,
         "merged": [int(one_run)],
         "magnitude": [magnitude],
+        **notes,
     }
     shape = [*out, groups, maps // groups] if groups > 1 else [*out, maps]
-    return te.compute((x.shape[0], *shape), element, "product", attrs=annotate([1, 2], packed=True, **geometry))
+    return te.compute((x.shape[0], *shape), element, "product", attrs=annotate([1, 2], together, **geometry))

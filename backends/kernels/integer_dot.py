@@ -9,6 +9,7 @@ from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops
+from optc.backends.kernels.integer_contraction import QUAD
 from optc.backends.kernels.loops import load, store
 
 _PMADDWD = {128: "llvm.x86.sse2.pmadd.wd", 256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}
@@ -50,6 +51,67 @@ def choose(target: Target) -> Dot:
         return Dot(_PMADDWD[bits], 2, bits // 32, target.registers)
     # Widening multiply-add of 16-bit lanes, which LLVM finds by itself (smlal on Arm).
     return Dot("widen", 1, target.lanes(32), target.registers)
+
+
+_PMADDUBSW = {
+    128: "llvm.x86.ssse3.pmadd.ub.sw.128",
+    256: "llvm.x86.avx2.pmadd.ub.sw",
+    512: "llvm.x86.avx512.pmaddubs.w.512",
+}
+
+
+@dataclass(frozen=True)
+class ByteDot:
+    """Sums of four neighbouring products of bytes in each of ``lanes`` int32 lanes, columns signed, rows ``row``.
+
+    ``widen`` names the second instruction where the first adds only pairs of products, and ends at 16 bits.
+    """
+
+    name: str
+    row: str
+    lanes: int
+    registers: int
+    widen: str | None = None
+    group: int = QUAD
+
+    def rows(self, columns: int) -> int:
+        """Return how many rows of ``columns`` sums stay in registers, as ``Dot.rows``."""
+        vectors = columns // self.lanes
+        return max(1, min((self.registers - vectors - 2) // vectors, 1023 // (4 * columns)))
+
+    def add(self, total: Any, row: Any, column: Any) -> Any:
+        """Return ``total + dot(row, column)``: int32 lanes, one int32 of four bytes, ``4 * lanes`` int8 values."""
+        spread = tirx.Broadcast(row, self.lanes)
+        sums, row_bytes, column_bytes = (
+            f"int32x{self.lanes}",
+            f"{self.row}x{4 * self.lanes}",
+            f"int8x{4 * self.lanes}",
+        )
+        if self.widen is not None:
+            pairs = f"int16x{2 * self.lanes}"
+            ones = tirx.Broadcast(tirx.const(1, "int16"), 2 * self.lanes)
+            two = tirx.call_llvm_pure_intrin(pairs, self.name, tirx.reinterpret(column_bytes, spread), column)
+            return total + tirx.call_llvm_pure_intrin(sums, self.widen, two, ones)
+        if self.row == "int8":
+            return tirx.call_llvm_pure_intrin(sums, self.name, total, tirx.reinterpret(row_bytes, spread), column)
+        return tirx.call_llvm_pure_intrin(sums, self.name, total, spread, tirx.reinterpret(sums, column))
+
+
+def choose_bytes(target: Target) -> ByteDot | None:
+    """Return the best instruction for sums of products of bytes, None if the target has none."""
+    features = target.features
+    if target.triple.startswith("aarch64") and "dotprod" in features:
+        return ByteDot("llvm.aarch64.neon.sdot.v4i32.v16i8", "int8", 4, target.registers)
+    if not target.triple.startswith("x86_64"):
+        return None
+    if "avx512vnni" in features and target.vector_bits == 512:
+        return ByteDot("llvm.x86.avx512.vpdpbusd.512", "uint8", 16, target.registers)
+    if "avxvnni" in features and target.vector_bits >= 256:
+        return ByteDot("llvm.x86.avx512.vpdpbusd.256", "uint8", 8, target.registers)
+    bits = min(target.vector_bits, 512 if "avx512bw" in features else 256 if "avx2" in features else 128)
+    if bits < 128 or "ssse3" not in features:
+        return None
+    return ByteDot(_PMADDUBSW[bits], "uint8", bits // 32, target.registers, _PMADDWD[bits])
 
 
 def vector_at(buffer: Any, position: Any, lanes: int) -> Any:

@@ -1,7 +1,7 @@
 """Where the rows of an integer product come from: a matrix, or the windows of an image.
 
-Both are widened to int16 strip by strip, zero points subtracted, so that every row is a few runs of neighbours: one
-of a matrix, one for each line (or pixel) of a window.
+Both are copied strip by strip in the form that the instruction takes, so that every row is a few runs of neighbours:
+one of a matrix, one for each line (or pixel) of a window.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tvm import tirx
 from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Axes, Fused, Reader
 from optc.backends.kernels.integer_contraction import DEPTH_BLOCK, PANEL_DEPTH, split_depth
+from optc.backends.kernels.integer_form import Form
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
 _LEAST_ROWS = 64
@@ -26,6 +27,7 @@ class Rows(Protocol):
     A strip of ``strip_bytes`` stays in the second-level cache while all columns pass over it.
     """
 
+    form: Form
     axes: Axes
     total: Any
     strips: Any
@@ -37,8 +39,9 @@ class Rows(Protocol):
     def count(self, s: Any) -> Any:
         """Return the number of rows in strip ``s``."""
 
-    def allocate(self) -> tuple[Any, Any]:
-        """Return the scratch buffer of a strip and its allocation."""
+    @property
+    def size(self) -> Any:
+        """The number of values that a strip's buffer holds."""
 
     def widen(self, places: dict[Any, Any], s: Any, rows: Any) -> Any:
         """Return the statement that fills the buffer."""
@@ -68,9 +71,9 @@ def spans(reader: Reader, extent: Any, lanes: int, element: Any) -> Any:
     return sequence(whole, loop("rest", rest, lambda j: element(vectors * lanes + j)))
 
 
-def _apart(pitch: Any) -> Any:
-    """Return a distance of at least ``pitch`` int16 at which rows do not fall into the same few sets of the cache."""
-    return pitch + 32 if static(pitch) is not None and pitch % 256 == 0 else pitch
+def _apart(pitch: Any, size: int) -> Any:
+    """Return a distance of ``pitch`` values or more at which rows do not fall into the same few sets of the cache."""
+    return pitch + 64 // size if static(pitch) is not None and pitch * size % 512 == 0 else pitch
 
 
 def strip_height(total: int, fit: int, enough: int) -> int:
@@ -86,8 +89,10 @@ class MatrixRows:
 
     taps = 1
 
-    def __init__(self, fused: Fused, reader: Reader, axes: Axes, operand: Any, lanes: int, strip_bytes: int) -> None:
-        self.reader, self.axes, self.operand, self.lanes = reader, axes, operand, lanes
+    def __init__(
+        self, fused: Fused, reader: Reader, axes: Axes, operand: Any, form: Form, lanes: int, strip_bytes: int
+    ) -> None:
+        self.reader, self.axes, self.operand, self.form, self.lanes = reader, axes, operand, form, lanes
         self.reduced = fused.reduced
         self.total = reader.size(axes.total)
         self.k = reader.size(self.reduced.total)
@@ -96,8 +101,8 @@ class MatrixRows:
             self.chunks, self.chunk = reader.size(loops.ceildiv(self.k, PANEL_DEPTH)), PANEL_DEPTH
         else:
             self.chunks, self.chunk = split_depth(depth)
-        self.pitch = _apart(self.chunks * self.chunk)
-        fit = max(_LEAST_ROWS, strip_bytes // (2 * (static(self.pitch) or PANEL_DEPTH)))
+        self.pitch = _apart(self.chunks * self.chunk, form.size)
+        fit = max(_LEAST_ROWS, strip_bytes // (form.size * (static(self.pitch) or PANEL_DEPTH)))
         rows = static(self.total)
         self.height = fit if rows is None else strip_height(rows, fit, _LEAST_ROWS)
         self.strips = reader.size(loops.ceildiv(self.total, self.height))
@@ -106,9 +111,10 @@ class MatrixRows:
         """Return the number of rows in strip ``s``."""
         return loops.smaller(self.height, self.total - s * self.height)
 
-    def allocate(self) -> tuple[Any, Any]:
-        """Return the scratch buffer of a strip and its allocation."""
-        return loops.scratch("rows", self.height * self.pitch, "int16")
+    @property
+    def size(self) -> Any:
+        """The number of values that a strip's buffer holds."""
+        return self.height * self.pitch
 
     def widen(self, places: dict[Any, Any], s: Any, rows: Any) -> Any:
         """Return the statement that fills the buffer."""
@@ -119,7 +125,7 @@ class MatrixRows:
 
             def element(k: Any) -> Any:
                 value = self.reader.value(self.operand, {**where, **self.reduced.at(k)}, flat=flat)
-                return store(rows, r * self.pitch + k, value.astype("int16"))
+                return store(rows, r * self.pitch + k, self.form.of(value))
 
             return spans(self.reader, self.k, self.lanes, element)
 
@@ -137,8 +143,10 @@ class MatrixRows:
 class WindowRows:
     """Windows over lines of an image ``[N, H, W, C]``: output pixels are rows, strips are whole lines of them."""
 
-    def __init__(self, fused: Fused, reader: Reader, axes: Axes, operand: Any, lanes: int, strip_bytes: int) -> None:
-        self.reader, self.axes, self.lanes = reader, axes, lanes
+    def __init__(
+        self, fused: Fused, reader: Reader, axes: Axes, operand: Any, form: Form, lanes: int, strip_bytes: int
+    ) -> None:
+        self.reader, self.axes, self.form, self.lanes = reader, axes, form, lanes
         notes = {
             name: [int(v) for v in fused.core.annotations[f"optc.{name}"]]
             for name in ("kernel", "strides", "dilations", "before", "merged")
@@ -154,7 +162,7 @@ class WindowRows:
         self.c = int(fused.reduced.extents[-1])
         self.h, self.w = (reader.size(e) for e in self.image.source.shape[1:3])
         # Pixels of wider windows have to be neighbours.
-        self.pitch = _apart(self.c) if self.kernel[1] == 1 else self.c
+        self.pitch = _apart(self.c, form.size) if self.kernel[1] == 1 else self.c
         self.whole_pixels = static(self.image.source.shape[-1]) == self.c
         self.lines, self.columns = axes.extents
         # A window of one line or pixel skips what lies between: only what is read gets widened.
@@ -173,7 +181,7 @@ class WindowRows:
     def _block(self, strip_bytes: int) -> int:
         """Return how many lines of output a strip has."""
         columns, lines = static(self.columns), static(self.lines)
-        line = 2 * self.c * (static(self.width) or 64) * self.strides[0]
+        line = self.form.size * self.c * (static(self.width) or 64) * self.strides[0]
         fit = max(strip_bytes // max(1, line), -(-_LEAST_ROWS // max(1, columns or _LEAST_ROWS)))
         if lines is None:
             return max(1, fit)
@@ -183,10 +191,11 @@ class WindowRows:
         """Return the number of rows in strip ``s``."""
         return loops.smaller(self.block, self.lines - s * self.block) * self.columns
 
-    def allocate(self) -> tuple[Any, Any]:
-        """Return the scratch buffer of a strip and its allocation: the last run may read beyond its window."""
+    @property
+    def size(self) -> Any:
+        """The number of values that a strip's buffer holds: the last run may read beyond its window."""
         lines = (self.block - 1) * self.strides[0] + self.reach[0] + 1
-        return loops.scratch("rows", lines * self.width * self.pitch + DEPTH_BLOCK * self.chunks, "int16")
+        return lines * self.width * self.pitch + DEPTH_BLOCK * self.chunks
 
     def widen(self, places: dict[Any, Any], s: Any, rows: Any) -> Any:
         """Return the statement that fills the buffer: lines of the image with their padding."""
@@ -212,7 +221,7 @@ class WindowRows:
         else:
             first = loops.index(left)
         stop = loops.smaller((self.w + left + self.skip[1] - 1) // self.skip[1], total)
-        zero = tirx.const(0, "int16")
+        zero = self.form.zero
 
         def clear(begin: Any, end: Any) -> Any:
             size = (end - begin) * self.pitch
@@ -245,7 +254,7 @@ class WindowRows:
             def element(j: Any) -> Any:
                 read = load(origin.source, position + j)
                 value = self.reader.value(self.inside, places, given={self.image.source: read})
-                return store(rows, start + j, value.astype("int16"))
+                return store(rows, start + j, self.form.of(value))
 
             return spans(self.reader, size, self.lanes, element)
 

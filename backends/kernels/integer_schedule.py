@@ -1,43 +1,21 @@
-"""The schedule of products of 8-bit integers: factors widened to int16 in scratch memory, a register tile of int32.
-
-    for (batch, strip of rows, chunk of columns):        parallel
-        strip[rows, K] = int16(row operand)              zero point subtracted
-        for column tile of the chunk:
-            for row tile of the strip:
-                acc[MR, 16] = sum over pairs of depths of strip * int16(column operand)         registers
-                out = epilogue(acc)
-
-A factor of a row is widened once for all columns. Columns packed for the instruction are widened where they are read,
-a vector for each vector of the tile; others are first gathered into a panel.
-"""
+"""The schedule of products of 8-bit integers: Winograd's algorithm, bytes as they are, or widened to 16 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import integer_dot, loops
-from optc.backends.kernels.fused import Axes, Fused, Reader, take_apart
-from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, DEPTH_BLOCK, PANEL_DEPTH, TEMPLATE
-from optc.backends.kernels.integer_dot import put, vector_at
-from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, spans, tile_rows
+from optc.backends.kernels.fused import take_apart
+from optc.backends.kernels.integer_bytes import ByteProduct
+from optc.backends.kernels.integer_contraction import QUAD, TEMPLATE
+from optc.backends.kernels.integer_form import WIDE
+from optc.backends.kernels.integer_product import Product
+from optc.backends.kernels.integer_rows import WindowRows
 from optc.backends.kernels.integer_winograd import Winograd, choose
-from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
-
-Columns = tuple[Any, Any]
-"""A buffer of packed columns and where those of a tile begin."""
-
-
-@dataclass(frozen=True)
-class Width:
-    """How many columns of a tile are computed, a multiple of the vector, and how many there are: None if not known."""
-
-    computed: int
-    columns: int | None
+from optc.backends.kernels.loops import static
 
 
 def schedule(function: Any, target: Target) -> Any:
@@ -48,287 +26,17 @@ def schedule(function: Any, target: Target) -> Any:
     value = fused.core.body.value
     if not isinstance(value, tirx.Add) or not isinstance(value.b, tirx.Mul):
         return None
-    if "optc.kernel" not in fused.core.annotations and len(fused.reduced.variables) != 1:
+    notes = fused.core.annotations
+    if "optc.kernel" not in notes and len(fused.reduced.variables) != 1:
         return None
-    return _Generator(fused, target).function()
-
-
-class _Generator:
-    """Writes the loop nest of one integer product for one target."""
-
-    def __init__(self, fused: Fused, target: Target) -> None:
-        self.reader = Reader(fused)
-        fused = self.reader.fused
-        size = self.reader.size
-        self.target, self.dot = target, integer_dot.choose(target)
-        notes = fused.core.annotations
-        row_operand, self.column_operand = fused.core.body.value.b.a, fused.core.body.value.b.b
-        self.packed = bool(int(notes["optc.packed"]))
-        # The pairs of packed columns are those of the instruction: they are widened as they are read.
-        self.direct = self.packed and self.dot.group == 2
-        positions = [int(i) for i in notes["optc.rows"]]
-        axes, last = fused.spatial, len(fused.spatial.variables) - 1
-        others = [i for i in range(last) if i not in positions]
-        row_axes, self.columns, self.batch = (
-            Axes([axes.variables[i] for i in chosen], [axes.extents[i] for i in chosen])
-            for chosen in (positions, [last], others)
-        )
-        self.reduced = fused.reduced
-        make = WindowRows if "optc.kernel" in notes else MatrixRows
-        self.rows: Rows = make(fused, self.reader, row_axes, row_operand, 2 * self.dot.lanes, target.caches.l2 // 2)
-        self.n, self.b = size(self.columns.total), size(self.batch.total)
-        self.nr = COLUMN_BLOCK
-        self.mr = tile_rows(static(self.rows.height), self.dot.rows(self.nr))
-        self.tiles = size(loops.ceildiv(self.n, self.nr))
-        segments, chunk = self.rows.taps * self.rows.chunks, self.rows.chunk
-        self.segments = size(segments)
-        self.depth = size(segments * chunk)
-        # Blocks of depth, of equal numbers of segments.
-        most = max(1, PANEL_DEPTH // chunk)
-        known = static(segments)
-        self.per_block = most if known is None else -(-known // max(1, -(-known // most)))
-        self.blocks = size(loops.ceildiv(self.segments, self.per_block))
-
-    def function(self) -> Any:
-        """Return the function with its body replaced."""
-        if isinstance(self.rows, WindowRows) and self.dot.group == 2 and len(self.batch.variables) == 1:
-            transform = choose(self.reader.fused, self.rows, static(self.n))
-            if transform is not None:
-                (packed,) = loops.loads(self.column_operand)
-                axes = self.columns, self.batch
-                return Winograd(self.reader, self.dot, self.rows, transform, *axes, packed, self.target).function()
-        # At least two tasks, for two threads.
-        alone = (static(self.rows.strips) or 1) * (static(self.b) or 1) == 1
-        parts = 2 if alone and (static(self.tiles) or 2) > 1 else 1
-        share = self.reader.size(loops.ceildiv(self.tiles, parts))
-        inner = self.rows.strips * parts
-
-        def task(o: Any) -> Any:
-            return bind("b", o // inner, lambda b: bind("rest", o % inner, lambda rest: strip(b, rest)))
-
-        def strip(b: Any, rest: Any) -> Any:
-            def part(s: Any, c: Any) -> Any:
-                return self._strip(b, s, c * share, share)
-
-            return bind("strip", rest // parts, lambda s: bind("part", rest % parts, lambda c: part(s, c)))
-
-        return self.reader.finish(loop("task", self.b * inner, task, "parallel"))
-
-    def _strip(self, b: Any, s: Any, first: Any, share: Any) -> Any:
-        """Return the work of one task: ``share`` column tiles from ``first`` of strip ``s``."""
-        places = self.batch.at(b)
-        rows, allocate_rows = self.rows.allocate()
-        panel, allocate_panel = None, None
-        if not self.direct:
-            panel, allocate_panel = loops.scratch("panel", self.per_block * self.rows.chunk * self.nr, "int16")
-        several = static(self.blocks) != 1
-        row_tiles = loops.ceildiv(self.rows.count(s), self.mr)
-        size = (loops.ceildiv(self.rows.height, self.mr) * self.mr if several else self.mr) * self.nr
-        totals, allocate_totals = loops.scratch("totals", size, "int32")
-        start = s * self.rows.height
-
-        def body(here: Any, t: Any, width: Width) -> Any:
-            def one(i: Any, columns: Columns) -> Any:
-                def finish(acc: Any) -> Any:
-                    count = loops.smaller(self.mr, here - i * self.mr)
-                    return self._finish_tile(places, start + i * self.mr, count, t, width, acc, totals)
-
-                return self._product(rows, i * self.mr, loops.index(0), self.segments, columns, width, None, finish)
-
-            return self._with_columns(
-                places,
-                t,
-                loops.index(0),
-                self.segments,
-                panel,
-                lambda columns: loop("i", row_tiles, lambda i: one(i, columns)),
-            )
-
-        def body_in_blocks(here: Any, t: Any, width: Width) -> Any:
-            def block(k: Any) -> Any:
-                first = k * self.per_block
-                count = loops.smaller(self.per_block, self.segments - first)
-
-                def part(i: Any, columns: Columns) -> Any:
-                    at = i * self.mr * self.nr
-                    keep = (totals, at)
-
-                    def finish(acc: Any) -> Any:
-                        return self._copy(acc, 0, totals, at, width)
-
-                    return self._product(rows, i * self.mr, first, count, columns, width, keep, finish)
-
-                return self._with_columns(
-                    places, t, first, count, panel, lambda columns: loop("i", row_tiles, lambda i: part(i, columns))
-                )
-
-            zero = tirx.const(0, "int32")
-            return sequence(
-                loop("i", size, lambda i: store(totals, i, zero)),
-                loop("k", self.blocks, block),
-                self._store(places, start, here, t, width, totals),
-            )
-
-        def tile(t: Any, width: Width) -> Any:
-            make = body_in_blocks if several else body
-            return bind("here", self.rows.count(s), lambda here: make(here, t, width))
-
-        return sequence(
-            allocate_rows,
-            self.rows.widen(places, s, rows),
-            allocate_panel,
-            allocate_totals,
-            self._over_columns(first, share, tile),
-        )
-
-    def _over_columns(self, first: Any, share: Any, tile: Callable[[Any, Width], Any]) -> Any:
-        """Return ``tile(t, width)`` for ``share`` column tiles from ``first``; only the last may be narrower."""
-        n, nr, lanes = static(self.n), self.nr, self.dot.lanes
-
-        def over(count: Any, width: Width) -> Any:
-            return loop("t", count, lambda t: bind("tile", first + t, lambda t: tile(t, width)))
-
-        if n is None or n % nr == 0:
-            return over(loops.smaller(share, self.tiles - first), Width(nr, None if n is None else nr))
-        full = n // nr
-        last = tile(loops.index(full), Width(-(-(n % nr) // lanes) * lanes, n % nr))
-        if static(share) == self.tiles:
-            return sequence(over(loops.index(full), Width(nr, nr)) if full else None, last)
-        whole = over(loops.smaller(share, full - first), Width(nr, nr)) if full else None
-        return sequence(whole, tirx.IfThenElse(loops.index(first + share) > full, last, None))
-
-    def _with_columns(
-        self, places: dict[Any, Any], t: Any, first: Any, count: Any, panel: Any, use: Callable[[Columns], Any]
-    ) -> Any:
-        """Return ``use`` of ``count`` segments from ``first`` of column tile ``t``: packed ones where they lie."""
-        if not self.direct:
-            return sequence(self._widen_columns(places, t, first, count, panel), use((panel, loops.index(0))))
-        packed = self._packed_tile(places, t)
-        origin = packed.indices[0] + first * (self.rows.chunk * self.nr)
-        return bind("origin", origin, lambda o: use((packed.source, o)))
-
-    def _packed_tile(self, places: dict[Any, Any], t: Any) -> Any:
-        """Return the flat read of the first element of packed column tile ``t``."""
-        (source,) = loops.loads(self.column_operand)
-        shape = source.source.shape
-        first = tirx.BufferLoad(source.source, [*source.indices[: len(shape) - 4], t, 0, 0, 0])
-        return self.reader.value(first, places)
-
-    def _widen_columns(self, places: dict[Any, Any], t: Any, first: Any, count: Any, panel: Any) -> Any:
-        """Return the copy of ``count`` segments from ``first`` of column tile ``t`` into the panel."""
-        group, chunk = self.dot.group, self.rows.chunk
-
-        def copy(packed: Any, origin: Any) -> Any:
-            def element(k: Any, j: Any) -> Any:
-                value = load(packed, origin + ((k // 2) * self.nr + j) * 2 + k % 2)
-                return store(panel, k * self.nr + j, value.astype("int16"))
-
-            return loop("k", count * chunk, lambda k: loop("j", self.nr, lambda j: element(k, j)))
-
-        if self.packed:
-            packed = self._packed_tile(places, t)
-            origin = packed.indices[0] + first * (chunk * self.nr)
-            return bind("origin", origin, lambda o: copy(packed.source, o))
-        k_total = self.reader.size(self.reduced.total)
-
-        def element(k: Any, j: Any) -> Any:
-            at = first * chunk + k
-            column = loops.smaller(t * self.nr + j, self.n - 1)
-            where = {**places, **self.columns.at(column), **self.reduced.at(loops.smaller(at, k_total - 1))}
-            value = self.reader.value(self.column_operand, where)
-            if static(k_total) is None or k_total % DEPTH_BLOCK:
-                value = tirx.Select(loops.index(at) < loops.index(k_total), value, tirx.const(0, "int32"))
-            return store(panel, ((k // group) * self.nr + j) * group + k % group, value.astype("int16"))
-
-        return loop("k", count * chunk, lambda k: loop("j", self.nr, lambda j: element(k, j)))
-
-    def _product(
-        self,
-        rows: Any,
-        r: Any,
-        first: Any,
-        count: Any,
-        columns: Columns,
-        width: Width,
-        keep: Any,
-        finish: Callable[[Any], Any],
-    ) -> Any:
-        """Return the register tile of strip rows ``r`` and following over ``count`` segments from ``first``.
-
-        It starts from what was kept, ``(buffer, position)``, or from 0 where that is None, and goes to ``finish``.
-        """
-        lanes, group, nr, chunk = self.dot.lanes, self.dot.group, self.nr, self.rows.chunk
-        acc, allocate = loops.scratch("acc", self.mr * nr, "int32")
-        vectors = [(i, v) for i in range(self.mr) for v in range(0, width.computed, lanes)]
-        bases = [tirx.Var(f"base{i}", "int64") for i in range(self.mr)]
-        places, allocate_places = loops.scratch("places", self.mr, "int64")
-
-        def segment(g: Any) -> Any:
-            at = first + g
-            offset = self.rows.offset(at // self.rows.chunks) + at % self.rows.chunks * chunk
-
-            def step(k: Any, offset: Any, origin: Any) -> Any:
-                def update(i: int, v: int) -> Any:
-                    left = vector_at(rows, bases[i] + offset + k * group, group)
-                    right = vector_at(columns[0], origin + (k * nr + v) * group, lanes * group)
-                    right = right.astype(f"int16x{lanes * group}")
-                    return put(acc, i * nr + v, lanes, self.dot.add(vector_at(acc, i * nr + v, lanes), left, right))
-
-                return sequence(*(update(i, v) for i, v in vectors))
-
-            def steps(offset: Any, origin: Any) -> Any:
-                return loop("k", chunk // group, lambda k: step(k, offset, origin))
-
-            return bind("offset", offset, lambda o: bind("start", columns[1] + g * (chunk * nr), lambda p: steps(o, p)))
-
-        if keep is None:
-            zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
-            begin = sequence(*(put(acc, i * nr + v, lanes, zero) for i, v in vectors))
-        else:
-            begin = self._copy(keep[0], keep[1], acc, 0, width)
-        # Read from memory, where TVM's simplifier does not see what they are.
-        named = [store(places, i, self.rows.base(r + i)) for i in range(self.mr)]
-        named += [tirx.Bind(base, load(places, i)) for i, base in enumerate(bases)]
-        return sequence(allocate_places, *named, allocate, begin, loop("segment", count, segment), finish(acc))
-
-    def _copy(self, source: Any, start: Any, target: Any, to: Any, width: Width) -> Any:
-        """Return the copy of the computed columns of one register tile."""
-        lanes = self.dot.lanes
-        positions = [i * self.nr + v for i in range(self.mr) for v in range(0, width.computed, lanes)]
-        return sequence(*(put(target, to + p, lanes, vector_at(source, start + p, lanes)) for p in positions))
-
-    def _finish_tile(
-        self, places: dict[Any, Any], first: Any, count: Any, t: Any, width: Width, acc: Any, totals: Any
-    ) -> Any:
-        """Return the epilogue of one register tile, of which ``count`` rows exist: from registers if it is whole."""
-        partial = sequence(self._copy(acc, 0, totals, 0, width), self._store(places, first, count, t, width, totals))
-        if width.columns is None or width.columns % self.dot.lanes:
-            return partial
-        whole = sequence(*(self._store(places, first + i, 1, t, width, acc, i) for i in range(self.mr)))
-        rows, height = static(self.rows.total), static(self.rows.height)
-        if rows is not None and height is not None and rows % height == 0 and height % self.mr == 0:
-            return whole
-        return tirx.IfThenElse(loops.index(count) >= self.mr, whole, partial)
-
-    def _store(
-        self, places: dict[Any, Any], first: Any, count: Any, t: Any, width: Width, totals: Any, at: int = 0
-    ) -> Any:
-        """Return the epilogue of ``count`` rows from ``first``, which are in ``totals`` from row ``at``."""
-        nr = self.nr
-
-        def put(i: Any, j: Any) -> Any:
-            row, column = first + i, t * nr + j
-            where = {**places, **self.rows.axes.at(row), **self.columns.at(column)}
-            return self.reader.store(
-                where, [(self.rows.axes, row), (self.columns, column)], load(totals, (at + i) * nr + j)
-            )
-
-        def row(i: Any, columns: int) -> Any:
-            return spans(self.reader, columns, self.dot.lanes if columns < nr else nr, lambda j: put(i, j))
-
-        if width.columns is not None:
-            columns = width.columns
-            return loop("i", count, lambda i: row(i, columns))
-        whole = loop("i", count, lambda i: row(i, nr))
-        partial = loop("i", count, lambda i: loop("j", self.n - t * nr, lambda j: put(i, j)))
-        return tirx.IfThenElse(loops.index((t + 1) * nr) <= loops.index(self.n), whole, partial)
+    if int(notes["optc.packed"]) == QUAD:
+        return ByteProduct(fused, target).function()
+    product = Product(fused, target, integer_dot.choose(target), WIDE, target.caches.l2 // 2)
+    if isinstance(product.rows, WindowRows) and product.direct and len(product.batch.variables) == 1:
+        transform = choose(product.reader.fused, product.rows, static(product.n))
+        if transform is not None:
+            (packed,) = loops.loads(product.column_operand)
+            axes = product.columns, product.batch
+            dot = integer_dot.choose(target)
+            return Winograd(product.reader, dot, product.rows, transform, *axes, packed, target).function()
+    return product.function()

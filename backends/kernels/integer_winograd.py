@@ -15,6 +15,7 @@ integers here, A makes up for that, and the result is the sum times a number kno
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from tvm import tirx
 from optc.backends.base import Target
 from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Axes, Fused, Reader
-from optc.backends.kernels.integer_contraction import COLUMN_BLOCK
+from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, PAIR
 from optc.backends.kernels.integer_dot import Dot, put, vector_at
 from optc.backends.kernels.integer_rows import WindowRows, tile_rows
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
@@ -79,18 +80,23 @@ LARGE = Transform(
 )
 
 
+def suits(kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], channels: int, columns: int) -> bool:
+    """Tell whether a convolution of ``channels`` to ``columns`` maps is of the kind that this makes faster."""
+    plain = list(kernel) == [3, 3] and all(step == 1 for step in (*strides, *dilations))
+    return plain and channels % 16 == 0 and channels >= 32 and columns % COLUMN_BLOCK == 0
+
+
 def choose(fused: Fused, image: WindowRows, columns: int | None) -> Transform | None:
     """Return the transform that takes the least work and is exact for these weights; None for direct convolution."""
     notes = fused.core.annotations
     lines, width = static(image.lines), static(image.columns)
-    plain = image.kernel == [3, 3] and image.dilations == [1, 1] and image.strides == [1, 1]
     magnitude = int(notes["optc.magnitude"][0]) if "optc.magnitude" in notes else 0
-    if not plain or lines is None or width is None or not magnitude or columns is None:
+    if lines is None or width is None or columns is None or not magnitude or int(notes["optc.packed"]) != PAIR:
+        return None
+    if not suits(image.kernel, image.strides, image.dilations, image.c, columns) or not image.whole_pixels:
         return None
     # Channels of neighbouring window positions follow each other in the packed filters.
     if image.chunks * image.chunk != image.c * (3 if image.merged else 1):
-        return None
-    if not image.whole_pixels or image.c % 16 or image.c < 32 or columns % COLUMN_BLOCK:
         return None
     work: dict[Transform | None, float] = {None: 9.0 * lines * width}
     for transform in (SMALL, LARGE):

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from tvm import te
 
-from optc.backends.kernels import contraction, convolution, integer_contraction, integer_winograd
+from optc.backends.kernels import contraction, convolution, integer_bytes, integer_contraction, integer_winograd
 from optc.backends.lowering.convolution import padded
 from optc.backends.lowering.emit import shape_of
-from optc.backends.lowering.integer_matmul import centered, requantize, zero_point
+from optc.backends.lowering.integer_matmul import centered, known_zero, requantize, zero_point
 from optc.backends.lowering.known import Known
 from optc.backends.lowering.layout import channels_last, permuted
 from optc.backends.lowering.site import Site, scalar
@@ -77,8 +77,21 @@ def _product(
     strides, dilations = [*line, *geometry.strides], [*line, *geometry.dilations]
     before, kernel = [*lead, *geometry.before], [*line, *geometry.kernel]
     split = weights.reshape(groups, maps // groups, weights.shape[1], *kernel)
-    packed = [integer_contraction.pack_filters(group, dilations) for group in split]
-    w = site.weight(np.stack(packed), "packed")
+
+    def pack(group: int) -> np.ndarray:
+        return np.stack([integer_contraction.pack_filters(filters, dilations, group) for filters in split])
+
+    packed, notes = pack(integer_contraction.QUAD), {}
+    as_bytes = integer_bytes.choose(site.target, str(x.ty.dtype), known_zero(site, zero), packed)
+    fixed = all(isinstance(size, int) for size in geometry.out)
+    maps_of_group = maps // groups
+    if fixed and integer_winograd.suits(kernel, strides, dilations, weights.shape[1], maps_of_group):
+        as_bytes = None
+    if as_bytes is None:
+        packed = pack(integer_contraction.PAIR)
+    else:
+        notes = as_bytes.notes()
+    w = site.weight(packed, "packed")
     subtract, points = zero_point(site, zero, None)
     bias = [] if bias_at is None else [site.tensor(bias_at)]
 
@@ -95,6 +108,7 @@ def _product(
             before=before,
             out=[*line, *geometry.out],
             magnitude=integer_winograd.magnitude(weights),
+            notes=notes,
         )
         for term in rest[len(points) :]:
             y = convolution.add_channels(y, term, groups)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
-from optc.backends.kernels import contraction, integer_contraction
+from optc.backends.kernels import contraction, integer_bytes, integer_contraction
 from optc.backends.lowering.broadcasting import broadcast_shapes, checked
 from optc.backends.lowering.emit import shape_of
 from optc.backends.lowering.pointwise import immediate
@@ -59,7 +59,7 @@ def _product(site: Site, a_at: int, a_zero: int, b_at: int, b_zero: int) -> Any:
     rows, row_tensors = zero_point(site, a_zero, row_axis if len(left) > 1 else None)
     weights = _constant_columns(site, b_at, b_zero)
     if weights is not None:
-        y = _packed(site, a, weights, rows, row_tensors)
+        y = _packed(site, a, weights, known_zero(site, a_zero), rows, row_tensors)
     else:
         b = site.reshape(site.tensor(b_at), [*right, 1]) if len(right) == 1 else site.tensor(b_at)
         columns, column_tensors = zero_point(site, b_zero, len(right) - 1 if len(right) > 1 else None)
@@ -71,14 +71,19 @@ def _product(site: Site, a_at: int, a_zero: int, b_at: int, b_zero: int) -> Any:
     return site.reshape(y, kept)
 
 
+def known_zero(site: Site, at: int) -> int | None:
+    """Return the zero point that is input ``at`` if it is one number known while compiling; 0 if there is none."""
+    if not site.has(at):
+        return 0
+    known = immediate(site, at)
+    return None if known is None else int(known)
+
+
 def zero_point(site: Site, at: int, axis: int | None) -> Zero:
     """Return ``subtract(value, index, tensors)`` for the zero point that is input ``at``, and the tensors it reads."""
-    known = immediate(site, at)
-    if known is not None:
-        number = int(known)
+    number = known_zero(site, at)
+    if number is not None:
         return (lambda value, index, tensors: value - number if number else value), []
-    if not site.has(at):
-        return (lambda value, index, tensors: value), []
     return lambda value, index, tensors: value - parameter(tensors[0], index, axis).astype("int32"), [site.tensor(at)]
 
 
@@ -93,8 +98,13 @@ def _constant_columns(site: Site, at: int, zero: int) -> np.ndarray | None:
     return exact.reshape(exact.shape[0], -1)
 
 
-def _packed(site: Site, a: Any, matrix: np.ndarray, zero: Callable[..., Any], points: list[Any]) -> Any:
-    weight = site.weight(integer_contraction.pack_columns(matrix), "packed")
+def _packed(
+    site: Site, a: Any, matrix: np.ndarray, number: int | None, zero: Callable[..., Any], points: list[Any]
+) -> Any:
+    quads = integer_contraction.pack_columns(matrix, integer_contraction.QUAD)
+    as_bytes = integer_bytes.choose(site.target, str(a.ty.dtype), number, quads)
+    weight = site.weight(quads if as_bytes else integer_contraction.pack_columns(matrix), "packed")
+    notes = as_bytes.notes() if as_bytes else {}
     a = site.check_equal(a, [*shape_of(a)[:-1], matrix.shape[0]])
     n = matrix.shape[1]
 
@@ -102,7 +112,7 @@ def _packed(site: Site, a: Any, matrix: np.ndarray, zero: Callable[..., Any], po
         def row(*index: Any) -> Any:
             return zero(x(*index).astype("int32"), index, z)
 
-        return integer_contraction.packed_matmul(x.shape, row, w, n)
+        return integer_contraction.packed_matmul(x.shape, row, w, n, notes)
 
     return site.emit(compute, a, weight, *points, name="integer_matmul", attributes=contraction.FUSIBLE)
 

@@ -10,6 +10,7 @@ from tvm import te
 from optc.backends.cpu.target import resolve, to_tvm
 from optc.backends.kernels import integer_contraction, integer_schedule, integer_winograd
 from optc.backends.kernels.fused import Reader, take_apart
+from optc.backends.kernels.integer_form import WIDE
 from optc.backends.kernels.integer_rows import WindowRows
 
 
@@ -35,6 +36,7 @@ def function(shape, packed, maps, zero, magnitude):
         before=[1, 1],
         out=shape[1:3],
         magnitude=magnitude,
+        notes={},
     )
     return te.create_prim_func([x, w, y], "int64")
 
@@ -43,7 +45,7 @@ def chosen(f):
     fused = take_apart(f, integer_contraction.TEMPLATE)
     reader = Reader(fused)
     axes = list(fused.spatial.variables[1:3]), fused.spatial.extents[1:3]
-    rows = WindowRows(reader.fused, reader, type(fused.spatial)(*axes), fused.core.body.value.b.a, 16, 2**18)
+    rows = WindowRows(reader.fused, reader, type(fused.spatial)(*axes), fused.core.body.value.b.a, WIDE, 16, 2**18)
     return integer_winograd.choose(reader.fused, rows, fused.spatial.extents[-1])
 
 
