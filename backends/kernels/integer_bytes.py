@@ -40,6 +40,8 @@ from optc.backends.kernels.integer_product import Product, Width
 from optc.backends.kernels.loops import bind, load, loop, sequence, store
 
 _LARGEST = 255
+_UNROLL = 2
+"""Steps of the reduction in one turn of its loop."""
 _LEAST_COLUMNS = 32
 """Columns that pay for looking for large bytes."""
 
@@ -92,18 +94,16 @@ class ByteProduct(Product):
         self.splits = self.limit < _LARGEST
         form = Form(dot.row, zero - 128 if dot.row == "int8" else zero)
         super().__init__(fused, target, dot, form, target.caches.l2 // (4 if self.splits else 2))
-        self.step = target.lanes(8)
         self.run = int(self.rows.chunks) * self.rows.chunk
         self.words = self.rows.taps * self.run // QUAD
         self.lists = _Lists(self) if self.splits else None
 
     def _strip(self, b: Any, s: Any, first: Any, share: Any) -> Any:
         places = self.batch.at(b)
-        size = loops.ceildiv(self.rows.size, self.step) * self.step
-        rows, allocate_rows = loops.scratch("rows", size, self.rows.form.dtype)
+        rows, allocate_rows = self._allocate_rows()
         start, allocate_start = loops.scratch("start", self.nr, "int32")
         totals, allocate_totals = loops.scratch("totals", self.mr * self.nr, "int32")
-        split = None if self.lists is None else self.lists.fill(rows, size, self.rows.count(s))
+        split = None if self.lists is None else self.lists.fill(rows, self.rows.count(s))
 
         def tile(t: Any, width: Width) -> Any:
             packed = self._packed_tile(places, t)
@@ -176,7 +176,14 @@ class ByteProduct(Product):
                     words = [_word(rows, base + offset + k * QUAD) for base in bases]
                     return sequence(*(add(u, v, words[u], at) for u, v in vectors))
 
-                return loop("k", self.run // QUAD, step)
+                def block(k: Any) -> Any:
+                    return sequence(*(step(k * _UNROLL + i) for i in range(_UNROLL)))
+
+                whole, rest = divmod(self.run // QUAD, _UNROLL)
+                return sequence(
+                    loop("k", whole, block) if whole else None,
+                    *(step(loops.index(whole * _UNROLL + i)) for i in range(rest)),
+                )
 
             begin = origin + g * (self.run * nr)
             return bind("offset", self.rows.offset(g), lambda o: bind("begin", begin, lambda p: steps(o, p)))
@@ -204,9 +211,10 @@ class _Lists:
         self.values, self.allocate_values = loops.scratch("quad_values", most, "int32")
         self.steps, self.allocate_steps = loops.scratch("quad_steps", self.tiles, "int64")
 
-    def fill(self, rows: Any, size: Any, count: Any) -> Any:
-        """Return the statement that cuts the strip's ``size`` bytes at the limit and lists what is left of its rows."""
-        lanes = self.product.step
+    def fill(self, rows: Any, count: Any) -> Any:
+        """Return the statement that cuts the bytes of a strip at the limit and lists what is left of its rows."""
+        lanes = self.product.vector
+        size = loops.ceildiv(self.product.rows.size, lanes) * lanes
         left, allocate_left = loops.scratch("left", size, "uint8")
         limit = tirx.Broadcast(tirx.const(self.product.limit, "uint8"), lanes)
 
@@ -266,7 +274,7 @@ class _Lists:
     def _scan(self, left: Any, base: Any, first: Any, lengths: Any, u: Any) -> Any:
         """Return the statement that lists the quads of one row: its entries are ``mr`` apart, from ``first``."""
         product = self.product
-        lanes, mr = product.step, product.mr
+        lanes, mr = product.vector, product.mr
         wide = lanes // QUAD
         whole, rest = product.run // lanes, product.run % lanes // QUAD
 

@@ -77,24 +77,19 @@ class ByteDot:
     def rows(self, columns: int) -> int:
         """Return how many rows of ``columns`` sums stay in registers, as ``Dot.rows``."""
         vectors = columns // self.lanes
-        return max(1, min((self.registers - vectors - 2) // vectors, 1023 // (4 * columns)))
+        # A row's value and a product, beside the columns; ones and a second product where there are two instructions.
+        others = 2 if self.widen is None else 4
+        return max(1, min((self.registers - vectors - others) // vectors, 1023 // (4 * columns)))
 
     def add(self, total: Any, row: Any, column: Any) -> Any:
         """Return ``total + dot(row, column)``: int32 lanes, one int32 of four bytes, ``4 * lanes`` int8 values."""
-        spread = tirx.Broadcast(row, self.lanes)
-        sums, row_bytes, column_bytes = (
-            f"int32x{self.lanes}",
-            f"{self.row}x{4 * self.lanes}",
-            f"int8x{4 * self.lanes}",
-        )
-        if self.widen is not None:
-            pairs = f"int16x{2 * self.lanes}"
-            ones = tirx.Broadcast(tirx.const(1, "int16"), 2 * self.lanes)
-            two = tirx.call_llvm_pure_intrin(pairs, self.name, tirx.reinterpret(column_bytes, spread), column)
-            return total + tirx.call_llvm_pure_intrin(sums, self.widen, two, ones)
-        if self.row == "int8":
-            return tirx.call_llvm_pure_intrin(sums, self.name, total, tirx.reinterpret(row_bytes, spread), column)
-        return tirx.call_llvm_pure_intrin(sums, self.name, total, spread, tirx.reinterpret(sums, column))
+        sums = f"int32x{self.lanes}"
+        spread = tirx.reinterpret(f"{self.row}x{4 * self.lanes}", tirx.Broadcast(row, self.lanes))
+        if self.widen is None:
+            return tirx.call_llvm_pure_intrin(sums, self.name, total, spread, column)
+        ones = tirx.Broadcast(tirx.const(1, "int16"), 2 * self.lanes)
+        pairs = tirx.call_llvm_pure_intrin(f"int16x{2 * self.lanes}", self.name, spread, column)
+        return total + tirx.call_llvm_pure_intrin(sums, self.widen, pairs, ones)
 
 
 def choose_bytes(target: Target) -> ByteDot | None:

@@ -62,8 +62,8 @@ class Product:
         )
         self.reduced = fused.reduced
         make = WindowRows if "optc.kernel" in notes else MatrixRows
-        lanes = target.lanes(8 * form.size)
-        self.rows: Rows = make(fused, self.reader, row_axes, row_operand, form, lanes, strip_bytes)
+        self.vector = target.lanes(8 * form.size)
+        self.rows: Rows = make(fused, self.reader, row_axes, row_operand, form, self.vector, strip_bytes)
         self.n, self.b = size(self.columns.total), size(self.batch.total)
         self.nr = COLUMN_BLOCK
         self.mr = tile_rows(static(self.rows.height), self.dot.rows(self.nr))
@@ -99,7 +99,7 @@ class Product:
     def _strip(self, b: Any, s: Any, first: Any, share: Any) -> Any:
         """Return the work of one task: ``share`` column tiles from ``first`` of strip ``s``."""
         places = self.batch.at(b)
-        rows, allocate_rows = loops.scratch("rows", self.rows.size, self.rows.form.dtype)
+        rows, allocate_rows = self._allocate_rows()
         panel, allocate_panel = None, None
         if not self.direct:
             panel, allocate_panel = loops.scratch("panel", self.per_block * self.rows.chunk * self.nr, "int16")
@@ -269,8 +269,22 @@ class Product:
             begin = self._copy(keep[0], keep[1], acc, 0, width)
         return sequence(named, allocate, begin, loop("segment", count, segment), finish(acc))
 
+    def _allocate_rows(self) -> tuple[Any, Any]:
+        """Return the buffer of a strip, with room for the rows that its last tile lacks, and its allocation.
+
+        Its size is a multiple of a vector's.
+        """
+        size = self.rows.size + (self.rows.stride or 0) * (self.mr - 1)
+        return loops.scratch("rows", loops.ceildiv(size, self.vector) * self.vector, self.rows.form.dtype)
+
     def _bases(self, r: Any) -> tuple[Any, list[Any]]:
         """Return the statement that names where the rows of a tile from strip row ``r`` begin, and the names."""
+        stride = self.rows.stride
+        if stride is not None:
+            first = tirx.Var("base", "int64")
+            memory, allocate = loops.scratch("places", 1, "int64")
+            named = [store(memory, 0, self.rows.base(r)), tirx.Bind(first, load(memory, 0))]
+            return sequence(allocate, *named), [first + i * stride for i in range(self.mr)]
         bases = [tirx.Var(f"base{i}", "int64") for i in range(self.mr)]
         # Read from memory, where TVM's simplifier does not see what they are.
         places, allocate = loops.scratch("places", self.mr, "int64")

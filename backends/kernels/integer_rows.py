@@ -46,8 +46,14 @@ class Rows(Protocol):
     def widen(self, places: dict[Any, Any], s: Any, rows: Any) -> Any:
         """Return the statement that fills the buffer."""
 
+    @property
+    def stride(self) -> Any:
+        """The distance of neighbouring rows, None if it varies."""
+
     def base(self, r: Any) -> Any:
-        """Return where row ``r`` of the strip begins in the buffer."""
+        """Return where row ``r`` of the strip begins in the buffer; rows behind the last one may lie beyond its end
+        where the distance does not vary, else they are that of the last one.
+        """
 
     def offset(self, tap: Any) -> Any:
         """Return where run ``tap`` of a row begins, from the base."""
@@ -131,9 +137,14 @@ class MatrixRows:
 
         return loop("r", self.count(s), row)
 
+    @property
+    def stride(self) -> Any:
+        """The distance of neighbouring rows."""
+        return self.pitch
+
     def base(self, r: Any) -> Any:
         """Return where row ``r`` of the strip begins in the buffer."""
-        return loops.smaller(r, self.height - 1) * self.pitch
+        return r * self.pitch
 
     def offset(self, tap: Any) -> Any:
         """Return where run ``tap`` of a row begins, from the base."""
@@ -260,12 +271,17 @@ class WindowRows:
 
         return bind("origin", origin.indices[0], copy)
 
+    @property
+    def stride(self) -> Any:
+        """The distance of neighbouring rows, None if it varies."""
+        return self.pitch if self.strides == [1, 1] and self.reach[1] == 0 else None
+
     def base(self, r: Any) -> Any:
         """Return where row ``r`` of the strip begins in the buffer."""
+        if self.stride is not None:
+            return r * self.stride
         r = loops.smaller(r, self.height - 1)
         step = self.strides[1] * self.pitch
-        if self.strides == [1, 1] and self.reach[1] == 0:
-            return r * step
         return r // self.columns * (self.strides[0] * self.width * self.pitch) + r % self.columns * step
 
     def offset(self, tap: Any) -> Any:

@@ -28,20 +28,26 @@ Sizes = Sequence[int]
 
 @dataclass(frozen=True)
 class Machine:
-    """A target, its full vector registers in assembly, and its multiply-adds of floats and of integers."""
+    """A target, its full vector registers in assembly, and what it multiplies and adds floats and 8-bit integers with.
+
+    ``bytes_`` are for values on one side of their zero point, ``integers`` for values on both.
+    """
 
     target: str
     vector: str
     floats: str
+    bytes_: str
     integers: str
 
 
 MACHINES = {
-    "sse4.2": Machine("nehalem", r"%xmm\d", r"mulps", r"pmaddwd"),
-    "avx2": Machine("haswell", r"%ymm\d", r"vfn?m(add|sub)\d+ps", r"vpmaddwd"),
-    "avx512": Machine("skylake-avx512", r"%zmm\d", r"vfn?m(add|sub)\d+ps", r"vpmaddwd"),
-    "vnni": Machine("icelake-server", r"%zmm\d", r"vfn?m(add|sub)\d+ps", r"vpdp(ws|bu)sd"),
-    "neon": Machine("aarch64-linux-gnu:neoverse-n1", r"v\d+\.4s", r"fml[as]", r"smlal2?|[su]dot"),
+    "sse4.2": Machine("nehalem", r"%xmm\d", r"mulps", r"pmaddubsw", r"pmaddwd"),
+    "avx2": Machine("haswell", r"%ymm\d", r"vfn?m(add|sub)\d+ps", r"vpmaddubsw", r"vpmaddwd"),
+    "avx512": Machine("skylake-avx512", r"%zmm\d", r"vfn?m(add|sub)\d+ps", r"vpmaddubsw", r"vpmaddwd"),
+    "vnni": Machine("icelake-server", r"%zmm\d", r"vfn?m(add|sub)\d+ps", r"vpdpbusd", r"vpdpbusd"),
+    "avxvnni": Machine("alderlake", r"%ymm\d", r"vfn?m(add|sub)\d+ps", r"\{vex\}\s+vpdpbusd", r"\{vex\}\s+vpdpbusd"),
+    "neon": Machine("aarch64", r"v\d+\.4s", r"fml[as]", r"smlal2?", r"smlal2?"),
+    "dotprod": Machine("aarch64-linux-gnu:neoverse-n1", r"v\d+\.4s", r"fml[as]", r"sdot", r"sdot"),
 }
 NAMES = ("exp", "exp2", "expm1", "log", "log1p", "log2", "pow", "erf", "tanh", "sin", "cos", "fma", "floor", "ceil")
 LIBRARY = re.compile(r"\b(" + "|".join(NAMES) + r"|nearbyint|l?rint|round|trunc|fmod|fmax|fmin)f?\b(?=@|\s*$)", re.M)
@@ -51,8 +57,8 @@ LIBRARY = re.compile(r"\b(" + "|".join(NAMES) + r"|nearbyint|l?rint|round|trunc|
 class Case:
     """A model: ``text`` with sizes to fill in, whose last inputs are constants where ``constants`` says how many.
 
-    ``kind`` is "sums" where a loop adds products into registers, "floats" or "integers", or "values" where it
-    computes element by element.
+    ``kind`` is "sums" where a loop adds products into registers, or "values" where it computes element by element;
+    ``multiplies`` names the machine's instruction for that.
     """
 
     template: str
@@ -61,7 +67,7 @@ class Case:
     sizes: Callable[[np.random.Generator], Sizes]
     constants: int = 0
     kind: str = "sums"
-    integers: bool = False
+    multiplies: str = "floats"
     opset: int = 23
 
     def model(self, sizes: Sizes, rng: np.random.Generator) -> tuple[onnx.ModelProto, list[np.ndarray]]:
@@ -192,12 +198,17 @@ CASES = {
     ),
     "integer product": Case(
         "integer_contraction", """(uint8[$0, $1] x, int8[$1, $2] w) => (int32[$0, $2] y) { y = MatMulInteger(x, w) }""",
-        (96, 256, 192), between((1, 60), (1, 200), (1, 90)), constants=1, integers=True,
+        (96, 256, 192), between((1, 60), (1, 200), (1, 90)), constants=1, multiplies="bytes_",
     ),
     "integer convolution": Case(
         "integer_contraction", """(uint8[1, $0, $1, $2] x, int8[$3, $0, 3, 3] w) => (int32[n, m, h, v] y)
         { y = ConvInteger<strides=[2, 2], pads=[1, 1, 1, 1]>(x, w) }""",
-        (64, 14, 14, 96), between((1, 40), (1, 14), (1, 14), (1, 40)), constants=1, integers=True,
+        (64, 14, 14, 96), between((1, 40), (1, 14), (1, 14), (1, 40)), constants=1, multiplies="bytes_",
+    ),
+    "integer product around zero": Case(
+        "integer_contraction", """(uint8[$0, $1] x, int8[$1, $2] w) => (int32[$0, $2] y)
+        { z = Constant<value = uint8 {121}>() y = MatMulInteger(x, w, z) }""",
+        (96, 256, 192), between((1, 60), (1, 200), (1, 90)), constants=1, multiplies="integers",
     ),
     "recurrent cells": Case(
         "", """(float[$0, $1, $2] x, float[1, 256, $2] w, float[1, 256, 64] r) => (float[t, d, b, h] y)
@@ -261,8 +272,8 @@ def test_inner_loops_have_the_instructions_of_the_machine(kind, name):
     if not case.kind:
         assert re.search(machine.vector, code)
         return
-    multiply = re.compile(rf"({machine.integers if case.integers else machine.floats})\s")
-    full = re.compile(r"v\d+\.4[sh]" if case.integers and kind == "neon" else machine.vector)
+    multiply = re.compile(rf"({getattr(machine, case.multiplies)})\s")
+    full = re.compile(r"v\d+\.4[sh]" if case.multiplies != "floats" and kind in ("neon", "dotprod") else machine.vector)
 
     def products(block: list[str]) -> list[str]:
         return [x for x in block if multiply.match(x)]
@@ -299,11 +310,11 @@ def test_results(compile_model, target, name):
         rng = np.random.default_rng([seed, *name.encode()])
         model, feeds = case.model(case.sizes(rng), rng)
         # onnxruntime's sums of 8-bit products saturate on some machines.
-        session = ReferenceEvaluator(model) if case.integers else runtime(model)
+        session = ReferenceEvaluator(model) if case.multiplies != "floats" else runtime(model)
         (want,) = session.run(None, {i.name: feed for i, feed in zip(model.graph.input, feeds, strict=True)})
         (got,) = compile_model(model, target)(*feeds)
         assert (got.dtype, got.shape) == (want.dtype, want.shape)
-        if case.integers:
+        if case.multiplies != "floats":
             np.testing.assert_array_equal(got, want)
         else:
             np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)

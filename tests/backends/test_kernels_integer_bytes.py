@@ -1,0 +1,148 @@
+"""Products of bytes: the limit of exactness, and exact results on both sides of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import helper
+
+from optc.backends.cpu.target import resolve
+from optc.backends.kernels import integer_bytes
+from optc.backends.kernels.integer_contraction import QUAD, pack_columns
+from optc.backends.kernels.integer_dot import choose_bytes
+
+SETTINGS = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def saturates(packed: np.ndarray, byte: int) -> bool:
+    """Tell whether a sum of two products of bytes 0 or ``byte`` leaves 16 bits."""
+    pairs = packed.reshape(-1, 2).astype(np.int64)
+    sums = [pairs @ np.array(factors) for factors in ((byte, 0), (0, byte), (byte, byte))]
+    return bool(max(s.max() for s in sums) > 32767 or min(s.min() for s in sums) < -32768)
+
+
+@given(seed=st.integers(0, 99), size=st.sampled_from([1, 20, 64, 65, 100, 127, 128]))
+def test_the_limit_is_the_largest_exact_byte(seed, size):
+    weights = np.random.default_rng(seed).integers(-size, size, (24, 40))
+    packed = pack_columns(weights, QUAD)
+    limit = integer_bytes.exact_limit(packed)
+    assert 128 <= limit <= 255
+    assert not saturates(packed, limit)
+    assert not saturates(packed, 255 - limit)
+    assert limit == 255 or saturates(packed, limit + 1)
+
+
+def test_no_weights_have_no_limit():
+    assert integer_bytes.exact_limit(np.zeros((1, 0, 16, 4), np.int8)) == 255
+
+
+SMALL, LARGE = pack_columns(np.full((8, 32), 64), QUAD), pack_columns(np.full((8, 32), -128), QUAD)
+
+
+@pytest.mark.parametrize(
+    ("target", "element", "zero", "packed", "expected"),
+    [
+        ("x86-64-v3", "uint8", 0, SMALL, (0, 255)),
+        ("x86-64-v3", "uint8", 200, SMALL, (200, 255)),
+        ("x86-64-v3", "int8", -128, LARGE, (0, 128)),
+        ("x86-64-v3", "int8", -64, LARGE, (64, 128)),
+        ("x86-64-v3", "int8", -63, LARGE, None),  # around zero
+        ("x86-64-v3", "uint8", 0, LARGE[:, :, :8], None),  # few columns
+        ("x86-64-v3", "uint8", None, SMALL, None),  # a zero point that is not known
+        ("x86-64-v3", "uint8", 0, SMALL.astype(np.int16), None),  # weights of more bits
+        ("x86-64-v3", "int32", 0, SMALL, None),
+        ("x86-64-v3", "uint8", -1, SMALL, None),
+        ("x86-64-v3:-ssse3,-avx2,-avx", "uint8", 0, SMALL, None),  # no instruction
+        ("alderlake", "uint8", 200, LARGE, (200, 255)),
+        ("icelake-server", "int8", 0, LARGE, (128, 255)),
+        ("aarch64-linux-gnu:neoverse-n1", "uint8", 3, LARGE, (3, 255)),
+        ("aarch64", "uint8", 0, SMALL, None),
+        ("riscv64", "uint8", 0, SMALL, None),
+    ],
+)
+def test_choice(target, element, zero, packed, expected):
+    chosen = integer_bytes.choose(resolve(target), element, zero, packed)
+    assert chosen == (None if expected is None else integer_bytes.Bytes(*expected))
+
+
+@pytest.mark.parametrize(
+    ("target", "rows"), [("nehalem", 2), ("haswell", 5), ("skylake-avx512", 15), ("icelake-server", 15)]
+)
+def test_sums_stay_in_registers(target, rows):
+    assert choose_bytes(resolve(target)).rows(16) == rows
+
+
+def bytes_of(rng: np.random.Generator, shape, dtype, pattern: str) -> np.ndarray:
+    """Draw values that are never, rarely, often or always above a limit, or close to it."""
+    raw = {
+        "none": lambda: rng.integers(0, 100, shape),
+        "few": lambda: np.where(rng.random(shape) < 0.03, rng.integers(120, 256, shape), rng.integers(0, 128, shape)),
+        "one row": lambda: np.where(np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)) == 1, 255, 3),
+        "any": lambda: rng.integers(0, 256, shape),
+        "limit": lambda: rng.integers(125, 133, shape),
+        "all": lambda: np.full(shape, 255),
+    }[pattern]()
+    return (np.broadcast_to(raw, shape) + np.iinfo(dtype).min).astype(dtype)
+
+
+PATTERNS = st.sampled_from(["none", "few", "one row", "any", "limit", "all"])
+
+
+@SETTINGS
+@given(
+    m=st.integers(1, 40),
+    k=st.sampled_from([1, 3, 4, 31, 32, 33, 64, 100, 1100]),
+    n=st.sampled_from([32, 33, 40, 48, 57]),
+    dtype=st.sampled_from([np.uint8, np.int8]),
+    zero=st.sampled_from([0, 0, 1, 64]),
+    largest=st.sampled_from([64, 100, 128]),
+    pattern=PATTERNS,
+    target=st.sampled_from(["cpu", "nehalem"]),
+    known=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_any_matrix(compile_model, make_model, m, k, n, dtype, zero, largest, pattern, target, known, seed):
+    rng = np.random.default_rng(seed)
+    a, b = bytes_of(rng, (m, k), dtype, pattern), rng.choice([-largest, largest - 1, 0, 5], (k, n)).astype(np.int8)
+    z = np.array(zero + np.iinfo(dtype).min, dtype)
+    assert integer_bytes.choose(resolve(target), np.dtype(dtype).name, int(z), pack_columns(b, QUAD)) is not None
+    node = helper.make_node("MatMulInteger", ["a", "b", "z"], ["y"])
+    model = make_model([node], {"a": (dtype, [m if known else "m", k])}, {"y": np.int32}, {"b": b, "z": z})
+    expected = (a.astype(np.int32) - np.int32(z)) @ b.astype(np.int32)
+    np.testing.assert_array_equal(compile_model(model, target)(a)[0], expected)
+
+
+@SETTINGS
+@given(
+    size=st.tuples(st.integers(6, 14), st.integers(6, 14)),
+    channels=st.sampled_from([1, 3, 8, 16, 33]),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    strides=st.sampled_from([(1, 1), (2, 2), (1, 2)]),
+    dilations=st.sampled_from([(1, 1), (2, 1), (1, 2)]),
+    pads=st.tuples(*[st.integers(0, 2)] * 4),
+    group=st.sampled_from([1, 1, 2]),
+    zero=st.sampled_from([0, 17, 60]),
+    pattern=PATTERNS,
+    target=st.sampled_from(["cpu", "nehalem"]),
+    seed=st.integers(0, 9),
+)
+def test_any_window(
+    compile_model, make_model, size, channels, kernel, strides, dilations, pads, group, zero, pattern, target, seed
+):
+    rng = np.random.default_rng(seed)
+    x = bytes_of(rng, (2, channels * group, *size), np.uint8, pattern)
+    w = rng.integers(-127, 128, (34 * group, channels, *kernel)).astype(np.int8)
+    geometry = {"strides": strides, "dilations": dilations, "pads": pads, "group": group}
+    node = helper.make_node("ConvInteger", ["x", "w", "z"], ["y"], **geometry)
+    z = np.uint8(zero)
+    model = make_model([node], {"x": (np.uint8, x.shape)}, {"y": np.int32}, {"w": w, "z": z})
+    centred = np.pad(x.astype(np.int64) - zero, [(0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])])
+    windows = np.lib.stride_tricks.sliding_window_view(
+        centred, [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)], axis=(2, 3)
+    )[:, :, :: strides[0], :: strides[1], :: dilations[0], :: dilations[1]]
+    parts = windows.reshape(2, group, channels, *windows.shape[2:])
+    filters = w.astype(np.int64).reshape(group, 34, channels, *kernel)
+    expected = np.einsum("bgcyxij,gmcij->bgmyx", parts, filters).reshape(2, 34 * group, *windows.shape[2:4])
+    np.testing.assert_array_equal(compile_model(model, target)(x)[0], expected)
