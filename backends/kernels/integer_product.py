@@ -274,7 +274,8 @@ class Product:
 
         Its size is a multiple of a vector's.
         """
-        size = self.rows.size + (self.rows.stride or 0) * (self.mr - 1)
+        stride = self.rows.stride
+        size = self.rows.size if stride is None else self.rows.size + stride * (self.mr - 1)
         return loops.scratch("rows", loops.ceildiv(size, self.vector) * self.vector, self.rows.form.dtype)
 
     def _bases(self, r: Any) -> tuple[Any, list[Any]]:
