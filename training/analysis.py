@@ -1,0 +1,133 @@
+"""What each node of a program yields, found by running it on fake tensors: shapes, gradients, storage, work."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from optc.training.capture import Program
+
+# They write to their running statistics in training mode, which their schemas do not say.
+_WRITES = {"aten::batch_norm": (3, 4), "aten::instance_norm": (3, 4), "aten::_batch_norm_impl_index": (3, 4)}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that a node yields. ``storage`` is the same number for tensors that share memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    storage: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of a contiguous copy."""
+        return math.prod(self.shape) * int(self.dtype.itemsize)
+
+    def meta(self) -> torch.Tensor:
+        """A contiguous tensor without data that looks like this one."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=self.requires_grad)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one node: its value if it is a single tensor, all tensors that it yields, operations of its forward pass."""
+
+    value: Value | None
+    leaves: tuple[Value, ...]
+    flops: int
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to ``dtype``, or nothing; casts of weights are not shared, so that microbatches stay independent."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = torch.autocast(device.type, dtype, cache_enabled=False)
+    return context
+
+
+def analyse(program: Program, dtype: torch.dtype | None = None) -> dict[fx.Node, Facts]:
+    """Facts of every node but the output, under autocast to ``dtype`` if it is given."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    interpreter = _Fake(program.root, mode)
+    examples = [mode.from_tensor(tensor.detach()) for tensor in program.examples]
+    device = program.examples[0].device
+    with mode, torch.enable_grad(), autocast(device, dtype):
+        interpreter.run(*examples)
+    return interpreter.facts
+
+
+class _Fake(fx.Interpreter):
+    def __init__(self, root: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(root, garbage_collect_values=False)
+        self.facts: dict[fx.Node, Facts] = {}
+        self._mode = mode
+        self._weights: dict[int, Any] = {}
+        self._storages: dict[StorageWeakRef, int] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        found = super().fetch_attr(target)
+        if not isinstance(found, torch.Tensor):
+            return found
+        if id(found) not in self._weights:
+            self._weights[id(found)] = self._mode.from_tensor(found)
+        return self._weights[id(found)]
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            return super().run_node(n)
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        leaves = tuple(self._value(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        value = leaves[0] if isinstance(result, torch.Tensor) else None
+        self.facts[n] = Facts(value, leaves, counter.get_total_flops())
+        return result
+
+    def _value(self, tensor: torch.Tensor) -> Value:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        number = self._storages.setdefault(storage, len(self._storages))
+        return Value(tuple(tensor.shape), tensor.dtype, tensor.requires_grad, number)
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory ``node`` writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return []
+    positions = [
+        i for i, argument in enumerate(schema.arguments) if argument.alias_info and argument.alias_info.is_write
+    ]
+    if schema.name in _WRITES and _trains(node):
+        positions += _WRITES[schema.name]
+    named = {schema.arguments[i].name for i in positions}
+    arguments = [node.args[i] for i in positions if i < len(node.args)]
+    arguments += [value for key, value in node.kwargs.items() if key in named]
+    return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, fx.Node)]
+
+
+def _trains(node: fx.Node) -> bool:
+    # `training` of batch_norm and `use_input_stats` of instance_norm are both the sixth argument.
+    return bool(node.args[5]) if len(node.args) > 5 else True
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether ``node`` draws random numbers when it runs."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    schema = node.target._schema
+    given = {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+    off = given.get("train", True) is False or given.get("training", True) is False
+    default = 0.0 if schema.name == "aten::scaled_dot_product_attention" else 1.0
+    probability = given.get("dropout_p", given.get("p", given.get("dropout", default)))
+    return not off and probability != 0.0

@@ -1,0 +1,209 @@
+"""The ranks of a run: process groups that survive restarts, and the mesh of data x pipeline parallelism."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from optc.errors import UsageError
+
+DEFAULT_TIMEOUT = 600.0
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank in the mesh; ranks of one pipeline follow each other: rank = dp_rank * pp + pp_rank.
+
+    The groups are None where there is nobody to talk to.
+    """
+
+    rank: int
+    pp: int
+    dp: int
+    device: torch.device
+    pp_group: Any = None
+    dp_group: Any = None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.pp * self.dp
+
+    @property
+    def pp_rank(self) -> int:
+        """Position in the pipeline."""
+        return self.rank % self.pp
+
+    @property
+    def dp_rank(self) -> int:
+        """Which replica of the pipeline this is."""
+        return self.rank // self.pp
+
+
+def launched() -> bool:
+    """Whether torchrun, or something that speaks like it, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def initialize(timeout: float = DEFAULT_TIMEOUT) -> None:
+    """Join the process group of a run that torchrun started; nothing to do if there is one, or one process only.
+
+    NCCL where every rank has a GPU, gloo otherwise. Keys of the store carry the number of restarts, because ranks of a
+    restarted run would find the addresses of those that died.
+    """
+    if dist.is_initialized() or not launched():
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(f"WORLD_SIZE is set, but not {', '.join(missing)}", hint="start with torchrun")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    delta = datetime.timedelta(seconds=timeout)
+    dist.init_process_group(
+        backend_for(local_device()),
+        store=dist.PrefixStore(f"optc/{os.environ.get(_RESTARTS, '0')}", connect(delta)),
+        rank=rank,
+        world_size=size,
+        timeout=delta,
+    )
+    atexit.register(_leave)
+
+
+def connect(timeout: datetime.timedelta) -> Any:
+    """A new connection to the store of this run."""
+    # torchrun's agent holds the store, unless it says that rank 0 shall.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=not agent and os.environ["RANK"] == "0",
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """The GPU of this local rank if there is one for each, else the CPU."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return torch.device("cuda", local)
+    return torch.device("cpu")
+
+
+def backend_for(device: torch.device) -> str:
+    """The communication library of a kind of device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def join(pp: int, dp: int, timeout: float = DEFAULT_TIMEOUT) -> World:
+    """Make the mesh; collective over all ranks. UsageError if their number is not ``pp`` times ``dp``."""
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    initialize(timeout)
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size != pp * dp:
+        raise UsageError(
+            f"the plan is for pp {pp} x dp {dp} = {pp * dp} ranks, this run has {size}",
+            hint=f"torchrun --nproc-per-node {pp * dp} …",
+        )
+    if size == 1:
+        return World(0, 1, 1, device)
+    rank = dist.get_rank()
+    pipelines = [[replica * pp + stage for stage in range(pp)] for replica in range(dp)]
+    replicas = [[replica * pp + stage for replica in range(dp)] for stage in range(pp)]
+    return World(rank, pp, dp, device, _group_of(rank, pipelines, timeout), _group_of(rank, replicas, timeout))
+
+
+def _group_of(rank: int, lists: list[list[int]], timeout: float) -> Any:
+    """Create a group for every list of ranks, in the same order on all of them; return the one with ``rank``."""
+    mine = None
+    for ranks in lists:
+        if len(ranks) > 1:
+            group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
+            mine = group if rank in ranks else mine
+    return mine
+
+
+def groups_of(rank: int, lists: list[list[int]], timeout: float) -> dict[tuple[int, ...], Any]:
+    """Create a group for every list of several ranks; return those that ``rank`` is in."""
+    mine = {}
+    for ranks in lists:
+        if len(ranks) > 1:
+            group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
+            if rank in ranks:
+                mine[tuple(ranks)] = group
+    return mine
+
+
+def agree(value: Any) -> Any:
+    """The value of rank 0, on every rank; ``value`` itself where there is one rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def measure_link(repeats: int = 10) -> tuple[float, float]:
+    """Latency in seconds and bandwidth in bytes per second between ranks 0 and 1, agreed on. Collective."""
+    device = local_device()
+    times = []
+    for size in (4, 2**22):
+        block = torch.zeros(size // 4, device=device)
+        rounds = []
+        for _ in range(repeats + 2):
+            dist.barrier()
+            start = time.perf_counter()
+            if dist.get_rank() == 0:
+                dist.send(block, dst=1)
+                dist.recv(block, src=1)
+            elif dist.get_rank() == 1:
+                dist.recv(block, src=0)
+                dist.send(block, dst=0)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            rounds.append((time.perf_counter() - start) / 2)
+        times.append(statistics.median(rounds[2:]))
+    latency, whole = times
+    measured: tuple[float, float] = agree((latency, 2**22 / max(whole - latency, 1e-9)))
+    return measured
+
+
+def gather_tensors(mine: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+    """All ranks' tensors on the CPU of rank 0, the lowest rank's of equal names; empty on other ranks. Collective."""
+    if world.size == 1:
+        return {name: tensor.detach().cpu().clone() for name, tensor in mine.items()}
+    described = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()]
+    lists: list[Any] = [None] * world.size
+    dist.all_gather_object(lists, described)
+    found: dict[str, torch.Tensor] = {}
+    for source, listed in enumerate(lists):
+        for name, shape, dtype in listed:
+            if name in found:
+                continue
+            found[name] = torch.empty(0)
+            if world.rank == source == 0:
+                found[name] = mine[name].detach().cpu().clone()
+            elif world.rank == source:
+                dist.send(mine[name].detach().to(world.device).contiguous(), dst=0)
+            elif world.rank == 0:
+                received = torch.empty(shape, dtype=dtype, device=world.device)
+                dist.recv(received, src=source)
+                found[name] = received.cpu()
+    return found if world.rank == 0 else {}
