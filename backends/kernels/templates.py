@@ -13,6 +13,8 @@ from optc.backends.kernels import (
     contraction_schedule,
     few_rows,
     integer_contraction,
+    integer_depthwise,
+    integer_depthwise_schedule,
     integer_schedule,
     weight_only,
     weight_only_schedule,
@@ -35,6 +37,7 @@ TEMPLATES: dict[str, ScheduleFunction] = {
     contraction.TEMPLATE: _contraction,
     integer_contraction.TEMPLATE: integer_schedule.schedule,
     weight_only.TEMPLATE: weight_only_schedule.schedule,
+    integer_depthwise.TEMPLATE: integer_depthwise_schedule.schedule,
     window.TEMPLATE: window.schedule,
     winograd.TEMPLATE: winograd_schedule.schedule,
 }

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 from tvm import te
 
-from optc.backends.kernels import contraction, convolution, integer_bytes, integer_contraction, integer_winograd
+from optc.backends.kernels import (
+    contraction,
+    convolution,
+    integer_bytes,
+    integer_contraction,
+    integer_depthwise,
+    integer_dot,
+    integer_winograd,
+)
+from optc.backends.kernels.integer_depthwise import Lines
+from optc.backends.kernels.integer_depthwise_schedule import least_channels
 from optc.backends.lowering.convolution import padded
 from optc.backends.lowering.emit import shape_of
 from optc.backends.lowering.integer_matmul import centered, known_zero, requantize, zero_point
@@ -119,6 +129,40 @@ def _product(
 
 
 def _depthwise(site: Site, x: Any, zero: int, weights: np.ndarray, bias_at: int | None, geometry: Windows) -> Any:
+    channels, shape = weights.shape[0], shape_of(x)
+    if channels != shape[-1] or channels < least_channels(site.target):
+        return _windows(site, x, zero, weights, bias_at, geometry)
+    # One spatial axis is a line.
+    line, lead = [1] * (4 - len(shape)), [0] * (4 - len(shape))
+    x = site.reshape(x, [shape[0], *line, *shape[1:]]) if line else x
+    kernel, strides, dilations = ([*line, *v] for v in (geometry.kernel, geometry.strides, geometry.dilations))
+    lines = Lines(kernel[0], strides[0], dilations[0], integer_dot.choose(site.target).group)
+    w = site.weight(integer_depthwise.pack(weights.reshape(channels, *kernel), lines), "depthwise")
+    subtract, points = zero_point(site, zero, None)
+    bias = [] if bias_at is None else [site.tensor(bias_at)]
+
+    def compute(a: Any, f: Any, *rest: Any) -> Any:
+        y = integer_depthwise.depthwise(
+            a,
+            f,
+            lambda value: subtract(value, (), rest),
+            lines=lines,
+            kernel=kernel,
+            strides=strides,
+            dilations=dilations,
+            before=[*lead, *geometry.before],
+            out=[*line, *geometry.out],
+        )
+        for term in rest[len(points) :]:
+            y = convolution.add_channels(y, term, 1)
+        return y
+
+    y = site.emit(compute, x, w, *points, *bias, name="integer_depthwise", attributes=contraction.FUSIBLE)
+    return site.reshape(y, [shape[0], *geometry.out, channels]) if line else y
+
+
+def _windows(site: Site, x: Any, zero: int, weights: np.ndarray, bias_at: int | None, geometry: Windows) -> Any:
+    """Convolve depthwise with few channels, or several maps for each: products one by one."""
     narrow = np.int8 if weights.min() >= -128 and weights.max() <= 127 else np.int16
     w = site.weight(np.ascontiguousarray(np.moveaxis(weights[:, 0], 0, -1)).astype(narrow), "depthwise")
     subtract, points = zero_point(site, zero, None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
 from optc.backends.cpu.build import CpuBackend
 from optc.backends.cpu.target import resolve
+from optc.backends.kernels import integer_depthwise
+from optc.backends.kernels.integer_depthwise import Lines
 from optc.frontend.onnx import load
 
 
@@ -78,6 +80,60 @@ def test_any_window(
     np.testing.assert_array_equal(compile_model(model)(x)[0], convolved(x, xz, w, 0, **geometry))
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.tuples(st.integers(1, 20), st.integers(1, 70)),
+    kernel=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilations=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    pads=st.tuples(*[st.integers(0, 3)] * 4),
+    channels=st.integers(4, 90),
+    dtype=st.sampled_from([np.uint8, np.int8]),
+    target=st.sampled_from(["cpu", "x86-64-v3:l1=4K", "x86-64-v2", "x86-64-v2:l1=4K"]),
+    seed=st.integers(0, 9),
+)
+def test_any_depthwise_window(
+    compile_model, make_model, size, kernel, strides, dilations, pads, channels, dtype, target, seed
+):
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    assume(all(n + a + b >= r for n, a, b, r in zip(size, pads[:2], pads[2:], reach, strict=True)))
+    rng = np.random.default_rng(seed)
+    x, w = integers(rng, (2, channels, *size), dtype), integers(rng, (channels, 1, *kernel), np.int8)
+    xz = integers(rng, (), dtype)
+    geometry = {"strides": strides, "dilations": dilations, "pads": pads, "group": channels}
+    node = helper.make_node("ConvInteger", ["x", "w", "xz"], ["y"], **geometry)
+    model = make_model([node], {"x": (dtype, x.shape)}, {"y": np.int32}, {"w": w, "xz": xz})
+    np.testing.assert_array_equal(compile_model(model, target)(x)[0], convolved(x, xz, w, 0, **geometry))
+
+
+@pytest.mark.parametrize(
+    ("channels", "maps", "kernel", "rule"),
+    [
+        (32, 32, [3, 3], "integer_depthwise"),
+        (17, 17, [5], "integer_depthwise"),
+        (3, 3, [3, 3], "window"),
+        (16, 32, [3, 3], "window"),
+    ],
+)
+def test_schedule_of_depthwise_convolution(compile_model, make_model, channels, maps, kernel, rule):
+    rng = np.random.default_rng(4)
+    x, w = integers(rng, (1, channels, *[6] * len(kernel)), np.uint8), integers(rng, (maps, 1, *kernel), np.int8)
+    node = helper.make_node("ConvInteger", ["x", "w", "xz"], ["y"], group=channels)
+    model = make_model([node], {"x": (np.uint8, x.shape)}, {"y": np.int32}, {"w": w, "xz": np.uint8(7)})
+    assert rules(model) == [rule]
+    windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.int64) - 7, kernel, range(2, x.ndim))
+    expected = np.einsum(
+        "nc...k,cmk->nmc...", windows.reshape(*windows.shape[: x.ndim], -1), w.reshape(channels, -1, w[0].size)
+    )
+    y = np.moveaxis(expected, 1, 2).reshape(1, maps, *expected.shape[3:])
+    np.testing.assert_array_equal(compile_model(model)(x)[0], y)
+
+
+def test_depthwise_weights_beyond_16_bits_are_refused():
+    with pytest.raises(OverflowError, match="16 bits"):
+        integer_depthwise.pack(np.full((8, 3, 3), 1 << 15), Lines(3, 1, 1, 2))
+
+
 @pytest.mark.parametrize(
     ("channels", "maps", "kernel", "size"),
     [(64, 48, 3, 14), (3, 40, 7, 33), (2050, 16, 1, 7), (512, 32, 3, 7), (700, 16, 3, 5), (32, 16, 1, 30)],
@@ -95,13 +151,14 @@ def test_deep_and_wide(compile_model, make_model, channels, maps, kernel, size, 
 
 
 @pytest.mark.parametrize("group", [1, 24])
-def test_open_sizes(compile_model, make_model, group):
+@pytest.mark.parametrize("target", ["cpu", "x86-64-v2:l1=4K"])
+def test_open_sizes(compile_model, make_model, group, target):
     rng = np.random.default_rng(1)
     w = integers(rng, (24, 24 // group, 3, 3), np.int8)
     geometry = {"strides": [2, 1], "dilations": [1, 1], "pads": [1, 1, 1, 1], "group": group}
     node = helper.make_node("ConvInteger", ["x", "w", "xz"], ["y"], **geometry)
     model = make_model([node], {"x": (np.int8, ["n", 24, "h", "w"])}, {"y": np.int32}, {"w": w, "xz": np.int8(-128)})
-    run = compile_model(model)
+    run = compile_model(model, target)
     for shape in [(1, 24, 9, 30), (3, 24, 1, 1), (2, 24, 5, 64)]:
         x = integers(rng, shape, np.int8)
         np.testing.assert_array_equal(run(x)[0], convolved(x, -128, w, 0, **geometry))

@@ -39,6 +39,11 @@ class Machine:
     bytes_: str
     integers: str
 
+    @property
+    def pairs(self) -> str:
+        """What it multiplies and adds 16-bit integers with: of many sums in a row LLVM makes trees of plain sums."""
+        return r"smlal2?" if self.vector.startswith("v") else r"v?pmaddwd|(\{vex\}\s+)?vpdpwssd"
+
 
 MACHINES = {
     "sse4.2": Machine("nehalem", r"%xmm\d", r"mulps", r"pmaddubsw", r"pmaddwd"),
@@ -209,6 +214,12 @@ CASES = {
         "integer_contraction", """(uint8[$0, $1] x, int8[$1, $2] w) => (int32[$0, $2] y)
         { z = Constant<value = uint8 {121}>() y = MatMulInteger(x, w, z) }""",
         (96, 256, 192), between((1, 60), (1, 200), (1, 90)), constants=1, multiplies="integers",
+    ),
+    "integer depthwise convolution": Case(
+        "integer_depthwise", """(uint8[$0, $1, $2, $3] x, int8[$1, 1, $4, 3] w, uint8 z) => (int32[n, m, h, v] y)
+        { y = ConvInteger<group=$1, strides=[$5, $5], pads=[1, 1, 1, 1]>(x, w, z) }""",
+        (1, 96, 28, 28, 3, 1), between((1, 2), (1, 70), (3, 20), (3, 60), (1, 5), (1, 2)), constants=2, kind="values",
+        multiplies="pairs",
     ),
     "recurrent cells": Case(
         "", """(float[$0, $1, $2] x, float[1, 256, $2] w, float[1, 256, 64] r) => (float[t, d, b, h] y)
