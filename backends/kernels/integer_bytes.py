@@ -9,11 +9,12 @@
                 out = epilogue(acc)
 
 ``pmaddubsw`` of x86 adds pairs of products in 16 bits and saturates. For given columns it is exact while the bytes of
-the rows stay below a limit, which is at least half of their range. So a byte is split into the part up to the limit and
-what is left, which is almost always 0: activations lie around their zero point, and few are large. The quads that are
-left over, found once for a strip, are listed for each row, and a second loop multiplies these alone:
+the rows stay below a limit, which is at least half of their range. So a byte is split into its place in a window of
+this size around the zero point and what is left, which is almost always 0: activations lie around their zero point, and
+few are large. The quads that are left over, found once for a strip, are listed for each row, and a second loop
+multiplies these alone:
 
-        left = strip - min(strip, limit)
+        strip, left = clip(strip, window), strip - clip(strip, window)
         for row tile of the strip:
             for row of the tile:  list[row] = places and values of the quads of left that are not 0
         ...
@@ -40,6 +41,9 @@ from optc.backends.kernels.integer_product import Product, Width
 from optc.backends.kernels.loops import bind, load, loop, sequence, store
 
 _LARGEST = 255
+_LEAST_DEPTH = 192
+"""The depth of columns at which values are taken to crowd around a zero point amid their range: not so the data that a
+network begins with, pixels for example."""
 _UNROLL = 2
 """Steps of the reduction in one turn of its loop."""
 _LEAST_COLUMNS = 32
@@ -52,6 +56,11 @@ class Bytes:
 
     zero: int
     limit: int
+
+    @property
+    def first(self) -> int:
+        """The byte at which the window of exact products begins."""
+        return min(max(self.zero - self.limit // 2, 0), _LARGEST - self.limit)
 
     def notes(self) -> dict[str, list[int]]:
         """Return the annotations of the block."""
@@ -70,10 +79,15 @@ def choose(target: Target, element: str, zero: int | None, packed: np.ndarray) -
     raw = zero + 128 if element == "int8" else zero
     if not 0 <= raw <= _LARGEST:
         return None
-    limit = _LARGEST if dot.widen is None else exact_limit(packed)
-    if limit < _LARGEST and (raw > limit // 2 or packed.shape[-4] * packed.shape[-2] < _LEAST_COLUMNS):
+    chosen = Bytes(raw, _LARGEST if dot.widen is None else exact_limit(packed))
+    if chosen.limit == _LARGEST:
+        return chosen
+    if packed.shape[-4] * packed.shape[-2] < _LEAST_COLUMNS:
         return None
-    return Bytes(raw, limit)
+    # Signs of what is left change those of the columns.
+    if chosen.first and (packed.shape[-3] * QUAD < _LEAST_DEPTH or packed.min() < -127):
+        return None
+    return chosen
 
 
 def exact_limit(packed: np.ndarray) -> int:
@@ -90,13 +104,14 @@ class ByteProduct(Product):
         dot = choose_bytes(target)
         assert dot is not None
         notes = fused.core.annotations
-        self.limit, zero = int(notes["optc.limit"][0]), int(notes["optc.zero"][0])
-        self.splits = self.limit < _LARGEST
-        form = Form(dot.row, zero - 128 if dot.row == "int8" else zero)
-        super().__init__(fused, target, dot, form, target.caches.l2 // (4 if self.splits else 2))
+        self.bytes_ = Bytes(int(notes["optc.zero"][0]), int(notes["optc.limit"][0]))
+        splits = self.bytes_.limit < _LARGEST
+        form = Form(dot.row, self.bytes_.zero - 128 if dot.row == "int8" else self.bytes_.zero)
+        super().__init__(fused, target, dot, form, target.caches.l2 // (4 if splits else 2))
+        self.byte_dot, self.shift = dot, form.shift - self.bytes_.first
         self.run = int(self.rows.chunks) * self.rows.chunk
         self.words = self.rows.taps * self.run // QUAD
-        self.lists = _Lists(self) if self.splits else None
+        self.lists = _Lists(self) if splits else None
 
     def _strip(self, b: Any, s: Any, first: Any, share: Any) -> Any:
         places = self.batch.at(b)
@@ -136,9 +151,9 @@ class ByteProduct(Product):
 
     def _start(self, columns: Any, origin: Any, width: Width, start: Any) -> Any:
         """Return what the sums of a column tile begin with, since ``shift`` was added to every row's values."""
-        shift, lanes = self.rows.form.shift, self.dot.lanes
-        if not shift:
+        if not self.shift:
             return None
+        lanes = self.dot.lanes
         ones = tirx.const(0x01010101, "int32")
         zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
         vectors = range(0, width.computed, lanes)
@@ -150,7 +165,7 @@ class ByteProduct(Product):
 
             return sequence(*(update(v) for v in vectors))
 
-        factor = tirx.Broadcast(tirx.const(-shift, "int32"), lanes)
+        factor = tirx.Broadcast(tirx.const(-self.shift, "int32"), lanes)
         return sequence(
             *(put(start, v, lanes, zero) for v in vectors),
             loop("k", self.words, step),
@@ -165,9 +180,13 @@ class ByteProduct(Product):
         named, bases = self._bases(i * self.mr)
         zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
 
-        def add(u: int, v: int, word: Any, at: Any) -> Any:
+        def add(u: int, v: int, word: Any, at: Any, adds: Any = self.dot.add) -> Any:
             column = vector_at(columns, at + v * QUAD, QUAD * lanes)
-            return put(acc, u * nr + v, lanes, self.dot.add(vector_at(acc, u * nr + v, lanes), word, column))
+            return put(acc, u * nr + v, lanes, adds(vector_at(acc, u * nr + v, lanes), word, column))
+
+        def add_left(u: int, v: int, word: Any, at: Any) -> Any:
+            signed = self.bytes_.first > 0
+            return add(u, v, word, origin + at, self.byte_dot.add_signed if signed else self.byte_dot.add)
 
         def tap(g: Any) -> Any:
             def steps(offset: Any, begin: Any) -> Any:
@@ -188,15 +207,8 @@ class ByteProduct(Product):
             begin = origin + g * (self.run * nr)
             return bind("offset", self.rows.offset(g), lambda o: bind("begin", begin, lambda p: steps(o, p)))
 
-        begin = [
-            put(acc, u * nr + v, lanes, vector_at(start, v, lanes) if self.rows.form.shift else zero)
-            for u, v in vectors
-        ]
-        rest = (
-            None
-            if self.lists is None
-            else self.lists.each(i, vectors, lambda u, v, word, at: add(u, v, word, origin + at))
-        )
+        begin = [put(acc, u * nr + v, lanes, vector_at(start, v, lanes) if self.shift else zero) for u, v in vectors]
+        rest = None if self.lists is None else self.lists.each(i, vectors, add_left)
         return sequence(named, allocate, *begin, loop("tap", self.rows.taps, tap), rest), acc
 
 
@@ -216,13 +228,15 @@ class _Lists:
         lanes = self.product.vector
         size = loops.ceildiv(self.product.rows.size, lanes) * lanes
         left, allocate_left = loops.scratch("left", size, "uint8")
-        limit = tirx.Broadcast(tirx.const(self.product.limit, "uint8"), lanes)
+        window = self.product.bytes_
+        low, high = (tirx.Broadcast(tirx.const(v, "uint8"), lanes) for v in (window.first, window.first + window.limit))
 
         def cut(v: Any) -> Any:
             byte = vector_at(rows, v * lanes, lanes)
+            inside = tirx.max(tirx.min(byte, high), low) if window.first else tirx.min(byte, high)
             return sequence(
-                put(left, v * lanes, lanes, tirx.max(byte, limit) - limit),
-                put(rows, v * lanes, lanes, tirx.min(byte, limit)),
+                put(left, v * lanes, lanes, byte - inside),
+                put(rows, v * lanes, lanes, inside - low if window.first else inside),
             )
 
         def tiles(here: Any) -> Any:

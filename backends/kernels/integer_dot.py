@@ -83,8 +83,19 @@ class ByteDot:
 
     def add(self, total: Any, row: Any, column: Any) -> Any:
         """Return ``total + dot(row, column)``: int32 lanes, one int32 of four bytes, ``4 * lanes`` int8 values."""
+        return self._sum(
+            total, tirx.reinterpret(f"{self.row}x{4 * self.lanes}", tirx.Broadcast(row, self.lanes)), column
+        )
+
+    def add_signed(self, total: Any, row: Any, column: Any) -> Any:
+        """Return ``add`` for four signed bytes where the instruction takes unsigned ones; no column may be -128."""
+        spread = tirx.reinterpret(f"int8x{4 * self.lanes}", tirx.Broadcast(row, self.lanes))
+        negative = spread >> tirx.Broadcast(tirx.const(7, "int8"), 4 * self.lanes)
+        magnitude = ((spread ^ negative) - negative).astype(f"uint8x{4 * self.lanes}")
+        return self._sum(total, magnitude, (column ^ negative) - negative)
+
+    def _sum(self, total: Any, spread: Any, column: Any) -> Any:
         sums = f"int32x{self.lanes}"
-        spread = tirx.reinterpret(f"{self.row}x{4 * self.lanes}", tirx.Broadcast(row, self.lanes))
         if self.widen is None:
             return tirx.call_llvm_pure_intrin(sums, self.name, total, spread, column)
         ones = tirx.Broadcast(tirx.const(1, "int16"), 2 * self.lanes)

@@ -39,6 +39,7 @@ def test_no_weights_have_no_limit():
 
 
 SMALL, LARGE = pack_columns(np.full((8, 32), 64), QUAD), pack_columns(np.full((8, 32), -128), QUAD)
+DEEP = pack_columns(np.full((256, 32), 127), QUAD)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,9 @@ SMALL, LARGE = pack_columns(np.full((8, 32), 64), QUAD), pack_columns(np.full((8
         ("x86-64-v3", "uint8", 200, SMALL, (200, 255)),
         ("x86-64-v3", "int8", -128, LARGE, (0, 128)),
         ("x86-64-v3", "int8", -64, LARGE, (64, 128)),
-        ("x86-64-v3", "int8", -63, LARGE, None),  # around zero
+        ("x86-64-v3", "int8", 1, DEEP, (129, 129)),
+        ("x86-64-v3", "int8", 1, DEEP[:, :40], None),  # around zero, of few channels
+        ("x86-64-v3", "int8", 1, np.full_like(DEEP, -128), None),  # -128 has no opposite
         ("x86-64-v3", "uint8", 0, LARGE[:, :, :8], None),  # few columns
         ("x86-64-v3", "uint8", None, SMALL, None),  # a zero point that is not known
         ("x86-64-v3", "uint8", 0, SMALL.astype(np.int16), None),  # weights of more bits
@@ -82,21 +85,22 @@ def bytes_of(rng: np.random.Generator, shape, dtype, pattern: str) -> np.ndarray
         "one row": lambda: np.where(np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)) == 1, 255, 3),
         "any": lambda: rng.integers(0, 256, shape),
         "limit": lambda: rng.integers(125, 133, shape),
+        "ends": lambda: rng.choice([0, 255], shape),
         "all": lambda: np.full(shape, 255),
     }[pattern]()
     return (np.broadcast_to(raw, shape) + np.iinfo(dtype).min).astype(dtype)
 
 
-PATTERNS = st.sampled_from(["none", "few", "one row", "any", "limit", "all"])
+PATTERNS = st.sampled_from(["none", "few", "one row", "any", "limit", "ends", "all"])
 
 
 @SETTINGS
 @given(
     m=st.integers(1, 40),
-    k=st.sampled_from([1, 3, 4, 31, 32, 33, 64, 100, 1100]),
+    k=st.sampled_from([1, 3, 4, 31, 32, 33, 64, 100, 192, 259, 1100]),
     n=st.sampled_from([32, 33, 40, 48, 57]),
     dtype=st.sampled_from([np.uint8, np.int8]),
-    zero=st.sampled_from([0, 0, 1, 64]),
+    zero=st.sampled_from([0, 0, 1, 64, 100, 128, 191, 192, 254, 255]),
     largest=st.sampled_from([64, 100, 128]),
     pattern=PATTERNS,
     target=st.sampled_from(["cpu", "nehalem"]),
@@ -105,9 +109,11 @@ PATTERNS = st.sampled_from(["none", "few", "one row", "any", "limit", "all"])
 )
 def test_any_matrix(compile_model, make_model, m, k, n, dtype, zero, largest, pattern, target, known, seed):
     rng = np.random.default_rng(seed)
-    a, b = bytes_of(rng, (m, k), dtype, pattern), rng.choice([-largest, largest - 1, 0, 5], (k, n)).astype(np.int8)
+    a = bytes_of(rng, (m, k), dtype, pattern)
+    b = rng.choice([max(-largest, -127), largest - 1, 0, 5], (k, n)).astype(np.int8)
     z = np.array(zero + np.iinfo(dtype).min, dtype)
-    assert integer_bytes.choose(resolve(target), np.dtype(dtype).name, int(z), pack_columns(b, QUAD)) is not None
+    if zero <= 64 or k >= 192:
+        assert integer_bytes.choose(resolve(target), np.dtype(dtype).name, int(z), pack_columns(b, QUAD)) is not None
     node = helper.make_node("MatMulInteger", ["a", "b", "z"], ["y"])
     model = make_model([node], {"a": (dtype, [m if known else "m", k])}, {"y": np.int32}, {"b": b, "z": z})
     expected = (a.astype(np.int32) - np.int32(z)) @ b.astype(np.int32)
