@@ -17,6 +17,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from optc.errors import InvalidModelError, UnsupportedModelError
 from optc.frontend import (
     check,
+    contrib,
     structure,
     upgrade_rules_inputs,  # noqa: F401
     upgrade_rules_opset6,
@@ -52,6 +53,7 @@ def canonicalize(model: oir.Model) -> None:
     structure.own_outputs(model)
     structure.lift_constants(model)
     values, nodes = make_unique(model)
+    contrib.expand(model, values, nodes)
     name_input_dims(model)
     declared = _forget_shapes(model)
     target = max(CANONICAL_OPSET, model.opset_imports.get("", 0))
