@@ -108,19 +108,25 @@ class RowsGenerator:
         self.chains = -(-self.k // self.chain)
         self.padded = self.matrix.steps * self.matrix.fields
 
-    def statement(self) -> Any:
-        """Return the loop nest."""
+    def statement(self, *, rows_known: bool = True) -> Any:
+        """Return the loop nest.
+
+        Where a run decides on rows, the bodies of parallel loops become functions (``cpu/tasks.py``). TVM tells LLVM
+        that buffers do not overlap with parameters of functions, so each task prepares the row that it reads.
+        """
         self.left, allocate_left = loops.scratch("left", self.m * self.padded, self.dtype)
         self.sums, allocate_sums = loops.scratch("sums", self.m * self.chains, self.dtype)
         self.tail, allocate_tail = loops.scratch("tail", self.matrix.width, self.dtype)
         spare = [allocate_tail] if self.n % self.matrix.width else []
-        sums = [] if self.matrix.centred else [allocate_sums, loop("row", self.m, self._sum)]
-        return sequence(
-            allocate_left,
-            loop("row", self.m, self._prepare),
-            *sums,
-            loop("task", self.tiles, lambda t: sequence(*spare, self._tile(t)), "parallel"),
-        )
+
+        def row(i: Any) -> Any:
+            return sequence(self._prepare(i), None if self.matrix.centred else self._sum(i))
+
+        allocations = [allocate_left, *([] if self.matrix.centred else [allocate_sums])]
+        first = [*allocations, loop("row", self.m, row)]
+        before, inside = (first, []) if rows_known else ([], first)
+        tasks = loop("task", self.tiles, lambda t: sequence(*inside, *spare, self._tile(t)), "parallel")
+        return sequence(*before, tasks)
 
     def _operand(self, i: Any, k: Any) -> Any:
         where = {**self.rows.at(loops.index(i)), **self.reduced.at(k)}

@@ -34,7 +34,7 @@ def schedule(function: Any, target: Target) -> Any:
         return reader.finish(RowsGenerator(fused, reader, target, rows).statement())
     if rows is not None:
         return reader.finish(panels.statement())
-    one = RowsGenerator(fused, reader, target, 1).statement()
+    one = RowsGenerator(fused, reader, target, 1).statement(rows_known=False)
     return reader.finish(tirx.IfThenElse(panels.r == 1, one, panels.statement()))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from optc.passes.base import Pass
 from optc.passes.quantize.passage import passage_pass
 from optc.passes.quantize.products import products_pass
+from optc.passes.quantize.weights import weights_pass
 
 __all__ = ["passes"]
 
 
 def passes() -> list[Pass]:
-    """Return the passes in order: bounds leave the way between a product and its rounding first."""
-    return [passage_pass(), products_pass()]
+    """Return the passes in order: bounds leave the way between a product and its rounding first, weights come near."""
+    return [passage_pass(), weights_pass(), products_pass()]

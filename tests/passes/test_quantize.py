@@ -7,6 +7,7 @@ import pytest
 
 from optc.passes.quantize.passage import passage_pass
 from optc.passes.quantize.products import products_pass
+from optc.passes.quantize.weights import weights_pass
 
 MATMUL = "matmul(dq(a), dq(b)) => dq(matmul_integer(a, b))"
 GEMM = "gemm(dq(a), dq(b), c) => dq(matmul_integer(a, b) + c)"
@@ -194,3 +195,29 @@ def test_concatenation(build, check, rng):
     check(
         build(text, s=F(0.3), z=np.uint8(3)), passage_pass(), feeds, fired={JOINED: 1}, ops=["Concat"], rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "attributes"), [("s, z", "axis=1"), ("t", "axis=0"), ("b, c", "axis=1, block_size=2")]
+)
+def test_constants_are_transposed_as_integers(build, check, rng, parameters, attributes):
+    constants = {
+        "w": weights(rng, (4, 6)),
+        "s": rng.uniform(0.1, 1, 6).astype(F),
+        "z": weights(rng, 6),
+        "t": F(0.5),
+        "b": rng.uniform(0.1, 1, (4, 3)).astype(F),
+        "c": weights(rng, (4, 3)),
+    }
+    used = {name: constants[name] for name in ["w", *parameters.split(", ")]}
+    text = f"""(float[3,6] x) => (float[3,4] y, float[4,6] d) {{
+        d = DequantizeLinear<{attributes}>(w, {parameters}) t0 = Transpose<perm=[1, 0]>(d) y = MatMul(x, t0) }}"""
+    model = build(text, **used)
+    feeds = {"x": rng.standard_normal((3, 6)).astype(F)}
+    rule = "transpose(dq(constant)) => dq(transposed)"
+    check(model, weights_pass(), feeds, fired={rule: 1}, ops=["DequantizeLinear", "DequantizeLinear", "MatMul"])
+
+
+def test_what_is_no_constant_is_not_transposed(build, check, rng):
+    text = "(int8[4,6] w) => (float[6,4] y) { d = DequantizeLinear(w, t) y = Transpose<perm=[1, 0]>(d) }"
+    check(build(text, t=F(0.5)), weights_pass(), {"w": weights(rng, (4, 6))}, fired={})
