@@ -17,13 +17,17 @@ from optc.errors import MissingDependencyError
 _HOME = {
     "plan": ("optc.training.planning", "plan"),
     "Plan": ("optc.training.planning", "Plan"),
+    "costs_of": ("optc.training.planning", "costs_of"),
+    "Recipe": ("optc.training.recipe", "Recipe"),
+    "Batches": ("optc.training.recipe", "Batches"),
     "Trainer": ("optc.training.trainer", "Trainer"),
 }
 
-__all__ = ["Plan", "Trainer", "plan"]
+__all__ = ["Batches", "Plan", "Recipe", "Trainer", "costs_of", "plan"]
 
 if TYPE_CHECKING:
-    from optc.training.planning import Plan, plan
+    from optc.training.planning import Plan, costs_of, plan
+    from optc.training.recipe import Batches, Recipe
     from optc.training.trainer import Trainer
 
 

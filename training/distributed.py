@@ -69,7 +69,7 @@ def initialize(timeout: float = DEFAULT_TIMEOUT) -> None:
     delta = datetime.timedelta(seconds=timeout)
     dist.init_process_group(
         backend_for(local_device()),
-        store=dist.PrefixStore(f"optc/{os.environ.get(_RESTARTS, '0')}", connect(delta)),
+        store=dist.PrefixStore(f"optc/{os.environ.get(_RESTARTS, '0')}", connect(delta, serve=True)),
         rank=rank,
         world_size=size,
         timeout=delta,
@@ -77,15 +77,14 @@ def initialize(timeout: float = DEFAULT_TIMEOUT) -> None:
     atexit.register(_leave)
 
 
-def connect(timeout: datetime.timedelta) -> Any:
-    """A new connection to the store of this run."""
-    # torchrun's agent holds the store, unless it says that rank 0 shall.
+def connect(timeout: datetime.timedelta, *, serve: bool = False) -> Any:
+    """A new connection to the store of this run; with ``serve``, rank 0 holds it if torchrun's agent does not."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         int(os.environ["WORLD_SIZE"]),
-        is_master=not agent and os.environ["RANK"] == "0",
+        is_master=serve and not agent and os.environ["RANK"] == "0",
         timeout=timeout,
         wait_for_workers=False,
         multi_tenant=True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from optc.errors import PartitionError, UsageError
 from optc.passes.partition.chain import Chain, Device, segments
@@ -157,6 +157,9 @@ def _evaluate(
     devices = [per_rank[schedule.rank_of(stage, pp)] for stage in range(count)]
     found, needed = _fit(chain, cluster, devices, ranks, schedule, pp, memory, splits)
     times = _times(chain, cluster, found, devices, choice.recompute)
+    if schedule.splits_backward and pp > 1:
+        # torch computes all gradients of the first stage together, when those of its weights are due.
+        times = (replace(times[0], backward_input=0.0, backward_weight=_backward(times[0])), *times[1:])
     timeline = simulate(schedule, pp, microbatches, times)
     reduction = 0.0
     if dp > 1:
@@ -179,6 +182,10 @@ def _evaluate(
         needed,
         times,
     )
+
+
+def _backward(times: StageTimes) -> float:
+    return float(times.backward_input + times.backward_weight)
 
 
 def _trainable(chain: Chain, found: Split, stage: int) -> float:

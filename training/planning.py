@@ -156,6 +156,20 @@ def plan(
     return _agreed(module, lambda: _plan(module, example_inputs, described, costs, optimizer_state, model))
 
 
+def costs_of(module: torch.nn.Module, example_inputs: Any, costs: str | os.PathLike[str] = "measured") -> Costs:
+    """What each node of ``module`` costs; arguments and errors as of ``plan``. Reuse them for several plans."""
+    program = capture(module, example_inputs)
+    return _costs(linearize(program, analyse(program)), costs)
+
+
+def _costs(layout: Layout, costs: str | os.PathLike[str]) -> Costs:
+    if costs == "measured":
+        return measure(layout.program, layout.facts)
+    if costs == "roofline":
+        return estimate(layout.program, layout.facts)
+    return Costs.load(Path(costs), layout.program)
+
+
 def _agreed(module: torch.nn.Module, make: Callable[[], Plan]) -> Plan:
     """Let rank 0 plan, and give its plan, or its error, to every rank."""
     made: Plan | OptcError | None = None
@@ -197,16 +211,8 @@ def _plan(
     model: str | None,
 ) -> Plan:
     program = capture(module, example_inputs)
-    facts = analyse(program)
-    layout = linearize(program, facts)
-    if isinstance(costs, Costs):
-        known = costs
-    elif costs == "measured":
-        known = measure(program, facts)
-    elif costs == "roofline":
-        known = estimate(program, facts)
-    else:
-        known = Costs.load(Path(costs), program)
+    layout = linearize(program, analyse(program))
+    known = costs if isinstance(costs, Costs) else _costs(layout, costs)
     chain = layout.chain(known)
     samples = _samples(program)
     found = planner.search(chain, described, samples, optimizer_state)
