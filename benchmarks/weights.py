@@ -28,8 +28,8 @@ from performance import FOLDER, peak_memory
 
 BLOCK = 32
 KINDS = ("float32", "int8", "int4")
-SHAPES = ((4096, 4096), (768, 3072), (3072, 768))
-ROWS = (1, 4, 16, 128)
+SHAPES = ((4096, 4096), (768, 3072))
+ROWS = (1, 8, 128)
 RESULTS = FOLDER / "weights"
 GPT2 = "GPT-2 decode, past 256"
 
