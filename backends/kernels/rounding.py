@@ -41,17 +41,28 @@ def _cast(x: Any) -> Any:
 
 
 def _byte(x: Any, dtype: str) -> Any:
-    """Return ``narrow(int(r) + z)`` for an ``r`` such that the narrow type holds ``r + z``; else ``x``."""
+    """Return ``narrow(int(r) + z)`` for an ``r`` clamped such that ``r + z`` fills the narrow type; else ``x``."""
     rounded, plus = _sum(x.value)
-    value = _rounded(rounded)
-    if value is None or not _fits(value, plus, dtype):
+    value, info = _rounded(rounded), np.iinfo(dtype)
+    if value is None or _limits(value.args[0]) != (info.min - plus, info.max - plus):
         return x
     clamped = value.args[0]
-    # The bounds keep the conversion to int32 defined, no more. A lower one of 0 would be a comparison and a mask.
-    low = clamped.a.b - tirx.const(1, "float32")
-    wide = tirx.call_llvm_pure_intrin("int32", "llvm.lrint", tirx.min(tirx.max(clamped.a.a, low), clamped.b))
-    short = _saturated(wide, "int32", "int16") + tirx.const(plus, "int16")
+    total, low, high = clamped.a.a, clamped.a.b, clamped.b
+    if not _fits_int32(total):
+        # The bounds keep the conversion to int32 defined, no more. A lower one of 0 would be a comparison and a mask.
+        total = tirx.min(tirx.max(total, low - tirx.const(1, "float32")), high)
+    short = _saturated(tirx.call_llvm_pure_intrin("int32", "llvm.lrint", total), "int32", "int16")
+    if plus:
+        short = tirx.call_llvm_pure_intrin("int16", "llvm.sadd.sat", short, tirx.const(plus, "int16"))
     return _saturated(short, "int16", dtype)
+
+
+def _fits_int32(x: Any) -> bool:
+    """Tell whether ``x`` is an int32 times a number that is surely less than 1."""
+    if not isinstance(x, tirx.Mul) or not isinstance(x.a, tirx.Cast) or x.a.value.ty.dtype != "int32":
+        return False
+    low, high = (float(x.b.value),) * 2 if isinstance(x.b, tirx.FloatImm) else _limits(x.b)
+    return low is not None and high is not None and -1 < low <= high < 1
 
 
 def _saturated(x: Any, wide: str, narrow: str) -> Any:

@@ -22,6 +22,8 @@ from optc.backends.lowering.table import Table
 TABLE = Table()
 
 _INTEGERS = ("int8", "uint8", "int16", "uint16")
+_BELOW_ONE = 1 - 2.0**-24
+"""The largest float32 below 1."""
 
 
 def saturate(value: Any, zero_point: Any, dtype: str) -> Any:
@@ -47,6 +49,13 @@ class _Parameter:
         rank = len(_shape(site, 0))
         self.axis = site.attr("axis", 1) % max(rank, 1)
         self.block = site.attr("block_size", 0)
+
+    def below_one(self) -> bool:
+        """Tell whether these are several float32 values that are all known to be less than 1 from 0."""
+        array = self.site.constant(self.number)
+        if self.immediate is not None or array is None or array.dtype != np.float32:
+            return False
+        return bool((np.abs(array) < 1).all())
 
     def load(self) -> None:
         """Make the tensor that ``read`` reads."""
@@ -187,6 +196,7 @@ def _parts(site: Site, *, packed: bool) -> tuple[list[Any], Callable[..., Any]]:
     dtype = site.output_dtype()
     parameters = _parameters(site)
     work = compute_dtype(site.dtype(1))
+    bounded = site.value(0).dtype == oir.DataType.INT32 and parameters[0].below_one()
     signed = site.value(0).dtype == oir.DataType.INT4
 
     def read(index: Sequence[Any], x: Any, *tensors: Any) -> Any:
@@ -194,7 +204,11 @@ def _parts(site: Site, *, packed: bool) -> tuple[list[Any], Callable[..., Any]]:
         value = _unpack(x, index, signed=signed) if packed else convert(x(*index), "int32")
         if zero:
             value = value - convert(zero[0], "int32")
-        return convert(convert(value, work) * convert(scale, work), dtype)
+        factor = convert(scale, work)
+        if bounded:
+            # Said in the expression, it spares the sum that is scaled the bounds of its conversion to an integer.
+            factor = tirx.min(tirx.max(factor, vm.f32(-_BELOW_ONE)), vm.f32(_BELOW_ONE))
+        return convert(convert(value, work) * factor, dtype)
 
     data = site.weight(_nibbles(site.constant(0)), "nibbles") if packed else _widened(site, 0)
     return [data, *(t for p in parameters for t in p.tensors)], read

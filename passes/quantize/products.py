@@ -142,7 +142,7 @@ def _scaled(ops: Ops, total: oir.Value, scale: np.ndarray, axis: int) -> oir.Val
     return ops("DequantizeLinear", total, factor, zero, axis=axis)
 
 
-@rule("q(dq(integers) * s, r, z) => q(integers * (s / r), 1, z)", "QuantizeLinear")
+@rule("q(dq(integers, s), r, z) => q(dq(integers, s / r), 1, z)", "QuantizeLinear")
 def requantize(node: oir.Node, ops: Ops) -> Outcome:
     """int32 sums are rescaled by one multiplication: round(float32(sum) * float32(s / r)) + z, to even, saturated."""
     output = read(node)
@@ -154,19 +154,13 @@ def requantize(node: oir.Node, ops: Ops) -> Outcome:
         return None
     if not used_once(value):
         return Miss("the sum is used elsewhere too")
-    known = rank(source.x)
-    if known is None:
-        return Miss("the rank of the sum is unknown")
+    if output.scale == 1:
+        return None
     factor = source.scale / output.scale
     if not np.isfinite(factor).all():
         return Miss("the ratio of the scales is not finite")
-    along = [1] * known
-    if source.axis is not None:
-        along[source.axis] = -1
-    floats = ops("Cast", source.x, to=int(oir.DataType.FLOAT), like=value)
-    scaled = ops("Mul", floats, ops.constant(factor.reshape(along) if factor.ndim else factor, "factor"), like=value)
-    one = ops.constant(np.ones((), np.float32), "one")
-    return Rewrite([copied(ops, node, scaled, one, output.zero_value)])
+    scaled = _scaled(ops, source.x, factor, 1 if source.axis is None else source.axis)
+    return Rewrite([copied(ops, node, scaled, ops.constant(np.ones((), np.float32), "one"), output.zero_value)])
 
 
 def products_pass() -> RewritePass:

@@ -17,7 +17,7 @@ def compute(a, make, change):
 
 def run(make, x, dtype):
     """Return ``make`` of every element, simplified."""
-    a = te.placeholder((len(x),), "float32", "a")
+    a = te.placeholder((len(x),), str(x.dtype), "a")
     results = []
     for change in (lambda e: e, rounding.simplify):
         b = te.compute((len(x),), compute(a, make, change), "b")
@@ -77,3 +77,33 @@ def test_bytes_are_narrowed_with_saturation(dtype):
     v = tirx.Var("v", "float32")
     text = str(rounding.simplify(saturate(v, tirx.const(5, "int32"), dtype)))
     assert "lrint" in text and "nearbyint" not in text
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize("zero", [0, 3, 128, -128])
+@pytest.mark.parametrize("factor", [1 - 2.0**-24, 0.003, -0.7])
+def test_scaled_sums_need_no_bounds(dtype, zero, factor):
+    info = np.iinfo(np.int32)
+    x = np.concatenate([np.arange(-70000, 70000, 7), [info.min, info.min + 1, info.max, info.max - 1]]).astype(np.int32)
+
+    def scaled(v):
+        return saturate(v.astype("float32") * tirx.const(factor, "float32"), tirx.const(zero, "int32"), dtype)
+
+    plain, simple = run(scaled, x, dtype)
+    np.testing.assert_array_equal(plain, simple)
+
+
+def test_bounds_of_a_factor_count():
+    v, f = tirx.Var("v", "int32"), tirx.Var("f", "float32")
+
+    def clamped(bound):
+        return tirx.min(tirx.max(f, tirx.const(-bound, "float32")), tirx.const(bound, "float32"))
+
+    def bounds(factor):
+        text = str(rounding.simplify(saturate(v.astype("float32") * factor, tirx.const(0, "int32"), "uint8")))
+        assert "lrint" in text
+        return "255.0" in text
+
+    assert not bounds(clamped(0.5))
+    assert bounds(clamped(1.0))
+    assert bounds(f)
