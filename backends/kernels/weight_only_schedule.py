@@ -47,6 +47,8 @@ class PanelsGenerator(PackedGenerator):
         fields = self.matrix.fields
         self.step = -(-self.step // fields) * fields
         self.blocks = -(-self.outer // self.step)
+        # Every chunk of rows dequantizes all columns: chunks are twice as high as where panels are read as they lie.
+        self.chunk_bytes *= 2
         # What is prefetched would be words; the processor follows them by itself.
         self.far = False
         self.rows_first = False
