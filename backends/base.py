@@ -47,6 +47,11 @@ class Target:
         return 32 if wide else 16
 
     @property
+    def addresses(self) -> int:
+        """The number of addresses that an inner loop keeps in general registers: half of them."""
+        return 8 if self.triple.startswith("x86_64") else 15
+
+    @property
     def fuses(self) -> bool:
         """Whether one instruction multiplies and adds."""
         return not self.triple.startswith("x86_64") or "fma" in self.features

@@ -84,6 +84,14 @@ def take_apart(function: Any, template: str) -> Fused | None:
     return fused and replace_fields(fused, stages={name: sch.get(b) for name, b in stages.items()})
 
 
+def element_wise(function: Any, block: Any) -> Fused | None:
+    """Describe a function whose only block left is ``block``, which reduces nothing; None if it does not fit."""
+    if not isinstance(block.body, tirx.BufferStore):
+        return None
+    fused = _describe(function, block, block)
+    return fused if fused is not None and not fused.reduced.variables else None
+
+
 def _describe(function: Any, core: Any, out: Any) -> Fused | None:
     accumulator = core.body.buffer
     spatial = _axes([v for v in core.iter_vars if int(v.iter_type) != REDUCTION])

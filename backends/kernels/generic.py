@@ -17,6 +17,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from optc.backends.base import Target
+from optc.backends.kernels import turned
 from optc.backends.kernels.loops import uses
 from optc.backends.kernels.work import expensive
 
@@ -24,12 +25,16 @@ _SPATIAL, _REDUCTION = 0, 2
 
 
 def schedule(function: Any, target: Target, parallel: bool) -> tuple[Any, str]:
-    """Return ``function`` scheduled and the name of the rule: "generic", or "serial" for opaque loops."""
+    """Return ``function`` scheduled and the name of the rule: "turned", "generic", or "serial" for opaque loops."""
     sch = s_tir.Schedule(function, enable_check=False, error_render_level="none")
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     if not blocks or not all(_regular(sch, block) for block in blocks):
         return function, "serial"
     blocks = _inline(sch, blocks)
+    if len(blocks) == 1:
+        scheduled = turned.schedule(function, sch.get(blocks[0]), target, parallel)
+        if scheduled is not None:
+            return scheduled, "turned"
     lanes = _lanes(sch, blocks, target)
     shared = _share_rows(sch, blocks, lanes)
     if shared is not None:

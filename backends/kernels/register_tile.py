@@ -23,9 +23,12 @@ _DEPTH = 64
 
 
 def most_rows(vectors: int, target: Target) -> int:
-    """Return the rows whose accumulators fit the registers beside ``vectors`` columns, a broadcast and a product."""
+    """Return the rows whose accumulators fit the registers beside ``vectors`` columns, a broadcast and a product.
+
+    Each row has an address of its own.
+    """
     others = vectors + (1 if target.fuses else 2)
-    return max(1, min(_MOST_ROWS, (target.registers - others) // vectors))
+    return max(1, min(_MOST_ROWS, target.addresses, (target.registers - others) // vectors))
 
 
 def multiply_adds(target: Target) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from optc.backends.lowering.windows import Windows, at_least, windows
 
 TABLE = Table()
 _OPAQUE = {"op_pattern": 8}
+_CHANNELS, _USES = 16, 256
+"""Channels, and multiplications with each element, from which an image is worth turning to channels-last."""
 
 
 @TABLE.lowers("Conv")
@@ -69,8 +72,10 @@ def conv_core(site: Site, weights: np.ndarray, groups: int, geometry: Windows) -
 def _direct(site: Site, weights: np.ndarray, groups: int, geometry: Windows, core: Core, layout: Space) -> Any:
     shape, filters = site.shape(0), weights.shape
     wanted = [shape[0], filters[1] * groups, *shape[2:]]
-    # The rows of the product may lie in memory in any way: an image that is not channels-last is read as it is.
-    last = site.value(0) in site.lowerer.channels_last
+    # The rows of the product may lie in memory in any way: an image that is not channels-last is read as it is, unless
+    # its pixels are read often. Then neighbouring terms should be neighbours in memory.
+    uses = filters[0] // groups * prod(filters[2:]) / prod(geometry.strides)
+    last = site.value(0) in site.lowerer.channels_last or (filters[1] >= _CHANNELS and uses >= _USES)
     if last:
         x = site.check_equal(site.last(0), permuted(wanted, channels_last(len(shape))))
     else:
