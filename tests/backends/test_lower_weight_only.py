@@ -95,7 +95,7 @@ MATMUL = helper.make_node("MatMul", ["x", "w"], ["y"])
 
 
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
