@@ -4,7 +4,7 @@
 
 The kernels of the models are timed inside of the compiled models that benchmarks/performance.py left in
 build/performance/. Random shapes are models of one node, checked against NumPy or onnxruntime and timed beside
-onnxruntime. Everything runs with one thread. Writes docs/kernels.md.
+onnxruntime. Everything runs with one thread; kernels of the models with two as well. Writes docs/kernels.md.
 
     --prepare compiles the random shapes only, --prepared measures them afterwards, --report writes the page only
 """
@@ -43,21 +43,24 @@ def of_models() -> list[dict[str, Any]]:
         artifact = FOLDER / f"{slug(name)}.optc"
         if cases.kind(case) == "any size" or not artifact.is_file():
             continue
-        model = optc.load(artifact, threads=1)
+        models = {threads: optc.load(artifact, threads=threads) for threads in (1, 2)}
+        model = models[1]
         large = {k["name"]: k for k in model.report["kernels"] if k.get("operations", 0) >= LARGE}
         if not large:
             continue
         with tempfile.TemporaryDirectory() as folder:
             inputs = cases.make_inputs(case, optc.capture(cases.fixed_file(case, Path(folder))))
-        samples: dict[str, list[float]] = {kernel: [] for kernel in large}
+        samples: dict[str, dict[int, list[float]]] = {kernel: {1: [], 2: []} for kernel in large}
         for _ in range(PROFILES):
-            for timed in model.profile(inputs):
-                if timed.name in samples:
-                    samples[timed.name].append(timed.seconds / timed.calls)
+            for threads, running in models.items():
+                for timed in running.profile(inputs):
+                    if timed.name in samples:
+                        samples[timed.name][threads].append(timed.seconds / timed.calls)
         for kernel, seconds in samples.items():
             what = {k: large[kernel][k] for k in ("schedule", "extents", "accumulates")}
             row = {**what, "models": [name], "kernel": kernel, "operations": large[kernel]["operations"]}
-            row["ms"] = median(seconds) * 1e3
+            row["ms"] = median(seconds[1]) * 1e3
+            row["scaling"] = median(seconds[1]) / median(seconds[2])
             known = rows.setdefault(json.dumps([what, kernel]), row)
             if known is not row:
                 known["models"].append(name)
@@ -119,6 +122,7 @@ def _models(peak: float, rows: list[dict[str, Any]]) -> list[str]:
         "",
         f"Kernels of at least {LARGE // 10**6} million operations (a multiply-add is two), timed inside of the model,",
         "fused epilogues included. Extents are those of the output and of the sum. Integer kernels have another peak.",
+        "Scaling is the time with one thread over that with two.",
     ]
     for title, wanted in (("float32", True), ("integers", False)):
         chosen = sorted((r for r in rows if (r["accumulates"] == "float32") == wanted), key=_speed)
@@ -128,15 +132,17 @@ def _models(peak: float, rows: list[dict[str, Any]]) -> list[str]:
         share = f", {median(shares):.0%} of the peak" if wanted else ""
         lines += [
             "",
-            f"### {title}: median {median(map(_speed, chosen)):.1f} G/s{share}, {len(chosen)} kernels",
+            f"### {title}: median {median(map(_speed, chosen)):.1f} G/s{share}, {len(chosen)} kernels; "
+            f"two threads {median(r['scaling'] for r in chosen):.2f} times as fast",
             "",
-            "| kernel | schedule | output | sum | ms | G/s | of peak | models |",
-            "|---|---|---|---|---|---|---|---|",
+            "| kernel | schedule | output | sum | ms | G/s | of peak | scaling | models |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in chosen:
             outputs, summed = ("·".join(map(str, extents)) for extents in row["extents"])
             cells = [f"`{row['kernel']}`", row["schedule"], outputs, summed, milliseconds(row["ms"])]
             cells += [f"{_speed(row):.1f}", number(_speed(row) / peak if wanted else None, ".0%")]
+            cells.append(f"{row['scaling']:.2f}")
             lines.append(f"| {' | '.join([*cells, ', '.join(row['models'])])} |")
     return lines
 
