@@ -41,9 +41,10 @@ from optc.backends.kernels.integer_product import Product, Width
 from optc.backends.kernels.loops import bind, load, loop, sequence, store
 
 _LARGEST = 255
+_LEAST_CHANNELS = 8
+"""Fewer channels are those of data that a network begins with, pixels for example, of which many are large."""
 _LEAST_DEPTH = 192
-"""The depth of columns at which values are taken to crowd around a zero point amid their range: not so the data that a
-network begins with, pixels for example."""
+"""The depth of columns from which values are taken to crowd around a zero point amid their range."""
 _UNROLL = 2
 """Steps of the reduction in one turn of its loop."""
 _LEAST_COLUMNS = 32
@@ -67,11 +68,12 @@ class Bytes:
         return {"zero": [self.zero], "limit": [self.limit]}
 
 
-def choose(target: Target, element: str, zero: int | None, packed: np.ndarray) -> Bytes | None:
+def choose(target: Target, element: str, zero: int | None, channels: int, packed: np.ndarray) -> Bytes | None:
     """Return how rows of ``element`` (int8 or uint8) with zero point ``zero`` are multiplied as bytes.
 
-    ``packed`` are the columns in quads. None: they are widened to 16 bits, because the target has no instruction for
-    bytes, something is not known while compiling or not of 8 bits, or too many bytes would be above the limit.
+    ``packed`` are the columns in quads; their depths are those of ``channels`` at one or more pixels. None: rows are
+    widened to 16 bits, because the target has no instruction for bytes, something is not known while compiling or not
+    of 8 bits, or too many bytes would be above the limit.
     """
     dot = choose_bytes(target)
     if dot is None or zero is None or packed.dtype != np.int8 or element not in ("int8", "uint8"):
@@ -82,7 +84,7 @@ def choose(target: Target, element: str, zero: int | None, packed: np.ndarray) -
     chosen = Bytes(raw, _LARGEST if dot.widen is None else exact_limit(packed))
     if chosen.limit == _LARGEST:
         return chosen
-    if packed.shape[-4] * packed.shape[-2] < _LEAST_COLUMNS:
+    if packed.shape[-4] * packed.shape[-2] < _LEAST_COLUMNS or channels < _LEAST_CHANNELS:
         return None
     # Signs of what is left change those of the columns.
     if chosen.first and (packed.shape[-3] * QUAD < _LEAST_DEPTH or packed.min() < -127):

@@ -92,7 +92,7 @@ def _product(
         return np.stack([integer_contraction.pack_filters(filters, dilations, group) for filters in split])
 
     packed, notes = pack(integer_contraction.QUAD), {}
-    as_bytes = integer_bytes.choose(site.target, str(x.ty.dtype), known_zero(site, zero), packed)
+    as_bytes = integer_bytes.choose(site.target, str(x.ty.dtype), known_zero(site, zero), weights.shape[1], packed)
     fixed = all(isinstance(size, int) for size in geometry.out)
     maps_of_group = maps // groups
     if fixed and integer_winograd.suits(kernel, strides, dilations, weights.shape[1], maps_of_group):

@@ -102,7 +102,7 @@ def _packed(
     site: Site, a: Any, matrix: np.ndarray, number: int | None, zero: Callable[..., Any], points: list[Any]
 ) -> Any:
     quads = integer_contraction.pack_columns(matrix, integer_contraction.QUAD)
-    as_bytes = integer_bytes.choose(site.target, str(a.ty.dtype), number, quads)
+    as_bytes = integer_bytes.choose(site.target, str(a.ty.dtype), number, matrix.shape[0], quads)
     weight = site.weight(quads if as_bytes else integer_contraction.pack_columns(matrix), "packed")
     notes = as_bytes.notes() if as_bytes else {}
     a = site.check_equal(a, [*shape_of(a)[:-1], matrix.shape[0]])

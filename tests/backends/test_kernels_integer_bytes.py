@@ -66,7 +66,8 @@ DEEP = pack_columns(np.full((256, 32), 127), QUAD)
     ],
 )
 def test_choice(target, element, zero, packed, expected):
-    chosen = integer_bytes.choose(resolve(target), element, zero, packed)
+    chosen = integer_bytes.choose(resolve(target), element, zero, 8, packed)
+    assert integer_bytes.choose(resolve("x86-64-v3"), "uint8", 0, 7, LARGE) is None
     assert chosen == (None if expected is None else integer_bytes.Bytes(*expected))
 
 
@@ -112,8 +113,8 @@ def test_any_matrix(compile_model, make_model, m, k, n, dtype, zero, largest, pa
     a = bytes_of(rng, (m, k), dtype, pattern)
     b = rng.choice([max(-largest, -127), largest - 1, 0, 5], (k, n)).astype(np.int8)
     z = np.array(zero + np.iinfo(dtype).min, dtype)
-    if zero <= 64 or k >= 192:
-        assert integer_bytes.choose(resolve(target), np.dtype(dtype).name, int(z), pack_columns(b, QUAD)) is not None
+    if k >= 192 or (zero <= 64 and k >= 8):
+        assert integer_bytes.choose(resolve(target), np.dtype(dtype).name, int(z), k, pack_columns(b, QUAD)) is not None
     node = helper.make_node("MatMulInteger", ["a", "b", "z"], ["y"])
     model = make_model([node], {"a": (dtype, [m if known else "m", k])}, {"y": np.int32}, {"b": b, "z": z})
     expected = (a.astype(np.int32) - np.int32(z)) @ b.astype(np.int32)
