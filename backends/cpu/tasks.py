@@ -53,6 +53,7 @@ class _Splitter:
         scalars = [p for p in function.params if not isinstance(p.ty, PointerType)]
         # TVM may give other numbers fewer bits than a function's parameter has.
         self.numbers = scalars + [v for v, value in outside.items() if isinstance(value, tvm.ir.TensorLoad)]
+        self.mixed = _touched_outside(function.body)
         self.others = (set(outside) | set(function.params)) - set(self.numbers) - set(self.tensors)
         self.tasks: dict[Any, Any] = {}
 
@@ -68,6 +69,10 @@ class _Splitter:
         tensors = [v for v in self.tensors if v in used]
         shapes = {v for t in tensors for d in t.ty.shape for v in loops.collect(d, tvm.ir.Var)}
         scalars = [v for v in self.numbers if v in used | shapes]
+        # TVM tells LLVM that what a function allocates is apart from what another is given: LLVM would lose data that
+        # a task shares with the statements around its loop.
+        if any(t in self.mixed for t in tensors):
+            return loop
         # What checks say would be lost.
         if loops.collect(loop.body, tirx.AssertStmt) or used & self.others or loops.static(loop.min) != 0:
             return loop
@@ -89,6 +94,15 @@ class _Splitter:
             return tirx.For(i, 0, loop.extent.astype("int32"), kind, loops.sequence(tirx.Bind(status, call), whole))
 
         return tirx.IfThenElse(self.worth, over(tirx.ForKind.PARALLEL), over(tirx.ForKind.SERIAL))
+
+
+def _touched_outside(body: Any) -> set[Any]:
+    """Return the allocated buffers that are read or written outside of parallel loops."""
+    skip = [(tirx.For, lambda loop: tirx.Evaluate(0) if is_parallel(loop) else loop)]
+    outside = tvm_ffi.structural_map(body, skip, order="post")
+    touched = {x.source for x in loops.collect(outside, tvm.ir.TensorLoad)}
+    touched |= {statement.buffer for statement in loops.collect(outside, tirx.BufferStore)}
+    return touched & {statement.buffer for statement in loops.collect(body, tirx.AllocBuffer)}
 
 
 def _defined(body: Any) -> dict[Any, Any]:

@@ -12,7 +12,7 @@ from tvm import te, tirx, topi
 import optc
 from optc.backends.cpu import tasks
 from optc.backends.cpu.target import resolve
-from optc.backends.kernels import threads
+from optc.backends.kernels import loops, threads
 from optc.backends.kernels.schedule import schedule_kernel
 
 TARGET = resolve("cpu")
@@ -50,6 +50,23 @@ def test_sizes_of_the_run_decide():
     parallel, serial = int(tirx.ForKind.PARALLEL), int(tirx.ForKind.SERIAL)
     assert kinds(module["kernel"]) == [parallel, serial]
     assert parallel not in kinds(module["kernel_task0"])
+
+
+@pytest.mark.parametrize("where", ["before", "in the task"])
+def test_tasks_that_read_what_was_prepared_before_them_stay(where):
+    n, memory = tirx.Var("n", "int64"), tirx.Var("y", tvm.ir.PointerType(tvm.ir.PrimType("float32")))
+    y = tirx.decl_buffer([n], "float32", "y")
+    ready, allocate = loops.scratch("ready", 4, "float32")
+    prepare = loops.store(ready, 0, tirx.const(2.0, "float32"))
+    before, inside = (prepare, None) if where == "before" else (None, prepare)
+
+    def task(i):
+        return loops.sequence(inside, loops.store(y, i, loops.load(ready, 0)))
+
+    body = loops.sequence(tirx.DeclBuffer(y, data=memory), allocate, before, loops.loop("i", n, task, "parallel"))
+    kernel = tirx.PrimFunc([memory, n], body, tvm.ir.PrimType("int32")).with_attr(threads.CYCLES, n)
+    module = tasks.split(tvm.IRModule({"kernel": kernel}))
+    assert len(module.functions) == (1 if where == "before" else 2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
