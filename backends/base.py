@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx_ir as oir
+
+if TYPE_CHECKING:
+    from optc.backends.kernels.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Build:
     """Compiled code and what it needs: ``weights`` by name in the order of the parameters of ``main``.
 
     ``calls`` are the kernels in the order of the clock that ``main`` takes last, None if it takes none. Inputs may lie
-    at any multiple of ``alignment`` and of their elements' size.
+    at any multiple of ``alignment`` and of their elements' size. ``workloads`` are what can be tuned, by kernel.
     """
 
     code: bytes
@@ -80,6 +83,7 @@ class Build:
     kernels: list[dict[str, Any]] = field(default_factory=list)
     calls: list[str] | None = None
     alignment: int = 1
+    workloads: dict[str, Workload] = field(default_factory=dict)
 
 
 ALGORITHMS = frozenset({"winograd"})

@@ -6,6 +6,9 @@
     target = "x86-64-v3"
     dims = { batch = 8 }
     input_shapes = { x = [1, 3, 224, 224] }
+    log = "tuning.jsonl"
+    offline = true
+    require_tuned = true
 
 Paths are relative to the file. Options on the command line win.
 """
@@ -35,6 +38,10 @@ class CompileConfig:
     verify: bool = True
     tolerance: float | None = None
     disable_passes: list[str] = field(default_factory=list)
+    log: str | None = None
+    threads: int | None = None
+    offline: bool = False
+    require_tuned: bool = False
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -46,6 +53,10 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "verify": bool,
     "tolerance": (int, float),
     "disable_passes": list,
+    "log": str,
+    "threads": int,
+    "offline": bool,
+    "require_tuned": bool,
 }
 
 
@@ -67,7 +78,7 @@ def read(path: Path) -> CompileConfig:
         if not isinstance(value, _TYPES[key]) or (isinstance(value, bool) and _TYPES[key] is not bool):
             raise UsageError(f"{path}: compile.{key} has the wrong type ({type(value).__name__})")
     config = CompileConfig(**table)
-    for key in ("model", "output"):
+    for key in ("model", "output", "log"):
         text = getattr(config, key)
         # package.module:factory is no path
         if text is not None and ":" not in text:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as oir
@@ -21,6 +21,9 @@ from optc.passes import fuse, pipeline
 from optc.passes.observer import Observer, PassRecord
 from optc.runtime.format import TensorSpec
 from optc.source import capture
+
+if TYPE_CHECKING:
+    from optc.tuning import Tuning
 
 Progress = Callable[[str], None]
 
@@ -44,6 +47,14 @@ class Trace:
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What a tuning log gave to a build: how much of it, for the report, and the records, as text."""
+
+    coverage: dict[str, Any]
+    records: str
+
+
 def compile(
     path_or_model: Any,
     example_inputs: Sequence[Any] | None = None,
@@ -57,6 +68,7 @@ def compile(
     disable_passes: Collection[str] = (),
     observers: Sequence[Observer] = (),
     inputs: Mapping[str, np.ndarray] | None = None,
+    tuning: Tuning | None = None,
     trace: Trace | None = None,
 ) -> Artifact:
     """Compile a model to an artifact.
@@ -74,10 +86,11 @@ def compile(
         disable_passes: names of graph passes or rules to leave out, or of kernel algorithms (``winograd``).
         observers: see the passes.
         inputs: arrays to verify with, instead of random ones.
+        tuning: a tuning log to take decisions from; nothing is measured. The records used go into the artifact.
         trace: collects timings and pass records.
 
     Raises:
-        UsageError, InvalidModelError, UnsupportedModelError, AccuracyError.
+        UsageError, InvalidModelError, UnsupportedModelError, AccuracyError, MissingTuningError.
     """
     trace = trace or Trace()
     with trace.stage("capture"):
@@ -92,25 +105,31 @@ def compile(
     algorithms = ALGORITHMS.intersection(disable_passes)
     with trace.stage("optimize"):
         trace.passes = pipeline.run(model, disable=set(disable_passes) - algorithms, observers=observers)
-    resolved, build = _build(model, target, trace, algorithms)
-    inputs_spec, outputs_spec = specs(model.graph.inputs), specs(model.graph.outputs)
+    resolved, build, tuned = _build(model, target, trace, algorithms, tuning)
     with trace.stage("pack"):
-        artifact = build_artifact(
-            inputs=inputs_spec,
-            outputs=outputs_spec,
-            code=build.code,
-            weights=build.weights,
-            target=resolved.describe(),
-            report=_report(trace.passes, build, resolved),
-            metadata={str(k): str(v) for k, v in model.metadata_props.items()},
-            memory=_memory(build),
-            calls=build.calls,
-            alignment=build.alignment,
-        )
+        report = _report(trace.passes, build, resolved, tuned)
+        artifact = pack(model, build, resolved, report, tuned.records if tuned else "")
     if original is None:
         return artifact.with_report(artifact.report | {"verification": "skipped on request"})
     with trace.stage("verify"):
         return _verified(artifact, original, resolved, inputs, tolerance)
+
+
+def pack(model: oir.Model, build: Build, target: Target, report: Mapping[str, Any], tuning: str = "") -> Artifact:
+    """Return the artifact of what was built from ``model``; ``tuning`` are the records that it used."""
+    return build_artifact(
+        inputs=specs(model.graph.inputs),
+        outputs=specs(model.graph.outputs),
+        code=build.code,
+        weights=build.weights,
+        target=target.describe(),
+        report=report,
+        metadata={str(k): str(v) for k, v in model.metadata_props.items()},
+        memory=_memory(build),
+        calls=build.calls,
+        alignment=build.alignment,
+        tuning=tuning,
+    )
 
 
 def optimize(
@@ -162,11 +181,11 @@ def resolve_target(name: str) -> Target:
     return registry.resolve(name)
 
 
-def backend(target: Target, progress: Progress | None = None, without: Collection[str] = ()) -> Any:
-    """Return the backend that compiles for ``target``, without some algorithms."""
+def backend(target: Target, progress: Progress | None = None, without: Collection[str] = (), tuning: Any = None) -> Any:
+    """Return the backend that compiles for ``target``, without some algorithms, as ``tuning`` decides."""
     from optc.backends import registry
 
-    return registry.backend(target, progress, without)
+    return registry.backend(target, progress, without, tuning)
 
 
 def specs(values: Sequence[oir.Value]) -> list[TensorSpec]:
@@ -183,10 +202,21 @@ def specs(values: Sequence[oir.Value]) -> list[TensorSpec]:
     return result
 
 
-def _build(model: oir.Model, target: str, trace: Trace, without: Collection[str]) -> tuple[Target, Build]:
+def _build(
+    model: oir.Model, target: str, trace: Trace, without: Collection[str], tuning: Tuning | None
+) -> tuple[Target, Build, Tuned | None]:
     with trace.stage("build"):
         resolved = resolve_target(target)
-        return resolved, backend(resolved, trace.progress, without).build(model)
+        if tuning is None:
+            return resolved, backend(resolved, trace.progress, without).build(model), None
+        from optc import tuning as logs
+
+        served, bad = logs.lookup(tuning, resolved)
+        build = backend(resolved, trace.progress, without, served).build(model)
+        if tuning.required:
+            logs.require(build, served)
+        coverage = logs.coverage(build, served) | {"log": {"bad_lines": [line.number for line in bad]}}
+        return resolved, build, Tuned(coverage, logs.used(build, served))
 
 
 def _memory(build: Build) -> dict[str, int]:
@@ -196,7 +226,7 @@ def _memory(build: Build) -> dict[str, int]:
     return memory
 
 
-def _report(passes: Sequence[PassRecord], build: Build, target: Target) -> dict[str, Any]:
+def _report(passes: Sequence[PassRecord], build: Build, target: Target, tuned: Tuned | None) -> dict[str, Any]:
     return {
         "optc": optc.__version__,
         "tvm": version("apache-tvm"),
@@ -207,7 +237,7 @@ def _report(passes: Sequence[PassRecord], build: Build, target: Target) -> dict[
         ],
         "kernels": build.kernels,
         "caches": {"l1": target.caches.l1, "l2": target.caches.l2},
-        "tuning": "none: every kernel has its analytic or generic schedule",
+        "tuning": tuned.coverage if tuned else "none: every kernel has its analytic or generic schedule",
     }
 
 

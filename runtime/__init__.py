@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optc.runtime.dlpack import DLPackTensor
-    from optc.runtime.loader import load, read_manifest
+    from optc.runtime.loader import load, read_manifest, read_tuning
     from optc.runtime.model import KernelTime, Model
 
-__all__ = ["DLPackTensor", "KernelTime", "Model", "load", "read_manifest"]
+__all__ = ["DLPackTensor", "KernelTime", "Model", "load", "read_manifest", "read_tuning"]
 
 _HOMES = {
     "DLPackTensor": "dlpack",
@@ -17,6 +17,7 @@ _HOMES = {
     "Model": "model",
     "load": "loader",
     "read_manifest": "loader",
+    "read_tuning": "loader",
 }
 
 

@@ -16,7 +16,7 @@ from optc.runtime import container, ffi
 from optc.runtime.cpu import check_target, default_threads
 from optc.runtime.dtypes import dlpack_type
 from optc.runtime.executor import NAIVE_ALLOCATOR, POOLED_ALLOCATOR, Code, Executor
-from optc.runtime.format import ACTIVATIONS, CODE, MANIFEST, REPORT, WEIGHTS, Manifest, parse_manifest
+from optc.runtime.format import ACTIVATIONS, CODE, MANIFEST, REPORT, TUNING, WEIGHTS, Manifest, parse_manifest
 from optc.runtime.inputs import address
 from optc.runtime.model import Model
 
@@ -91,18 +91,28 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[Manifest, bytes]:
 
     Checks the structure and the hash of the report, but neither code nor weights.
     """
+    return _read_file(path, REPORT)
+
+
+def read_tuning(path: str | os.PathLike[str]) -> bytes:
+    """Return the tuning records that the artifact at ``path`` was built with: lines of JSON, empty for none."""
+    return _read_file(path, TUNING)[1]
+
+
+def _read_file(path: str | os.PathLike[str], name: str) -> tuple[Manifest, bytes]:
+    """Return the manifest and a small file of the artifact, whose hash is checked; empty if it has none."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise UsageError(f"cannot read {os.fspath(path)!r}: {error.strerror}") from error
     try:
         manifest, files = _read(_map(fd))
-        report = bytes(files[REPORT])
+        content = bytes(files[name]) if name in files else b""
     finally:
         os.close(fd)
-    if hashlib.sha256(report).hexdigest() != manifest.files[REPORT].sha256:
-        raise HashMismatchError(f"the artifact is damaged: {REPORT} does not have the hash its manifest states")
-    return manifest, report
+    if name in manifest.files and hashlib.sha256(content).hexdigest() != manifest.files[name].sha256:
+        raise HashMismatchError(f"the artifact is damaged: {name} does not have the hash its manifest states")
+    return manifest, content
 
 
 def _map(fd: int) -> memoryview:

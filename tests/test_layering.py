@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("optc", "ir", "frontend", "passes", "backends", "runtime", "training")
+ROOMS = ("optc", "ir", "frontend", "passes", "autotune", "backends", "runtime", "training")
 MAY_IMPORT = {
-    "optc": {"frontend", "passes", "backends", "runtime", "training", "ir"},
+    "optc": {"frontend", "passes", "autotune", "backends", "runtime", "training", "ir"},
     "frontend": {"ir"},
+    "autotune": {"backends", "ir", "runtime"},
     "passes": {"ir"},
     # The artifact's format has one definition, shared by its writer (backends) and its reader (runtime).
     "backends": {"ir", "runtime"},
@@ -26,6 +27,7 @@ FORBIDDEN_EXTERNAL = {
     "passes": {"tvm", "torch"},
     "frontend": {"tvm"},
     "backends": {"torch"},
+    "autotune": {"torch"},
     "training": {"tvm", "onnx", "onnx_ir"},
 }
 

@@ -85,6 +85,7 @@ class CpuBackend:
             activation_bytes=generated.activation_bytes,
             kernels=[kernel.describe() for kernel in scheduled.kernels],
             calls=generated.calls,
+            workloads={k.name: k.workload for k in scheduled.kernels if k.tunable and k.workload is not None},
         )
 
 

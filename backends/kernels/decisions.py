@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from math import log2
 from typing import Protocol
 
 from optc.backends.kernels.workload import Workload
@@ -43,7 +44,10 @@ _UNKNOWN = 1.02
 
 @dataclass
 class Space:
-    """The decisions asked for so far, and those taken; ``refused`` are given ones that are illegal, if not strict."""
+    """The decisions asked for so far, and those taken; ``refused`` are given ones that are illegal, if not strict.
+
+    The legal option nearest to a refused one takes its place.
+    """
 
     given: Mapping[str, int] = field(default_factory=dict)
     strict: bool = True
@@ -59,7 +63,7 @@ class Space:
         wanted = self.given.get(name, default)
         if wanted not in legal and not self.strict:
             self.refused.append(name)
-            wanted = default
+            wanted = min(legal, key=lambda option: abs(log2((option + 1) / (wanted + 1))))
         if wanted not in legal:
             raise IllegalDecisionError(f"{name}={wanted} is not among {', '.join(map(str, legal))}")
         if len(legal) > 1:
@@ -91,7 +95,7 @@ def decide(name: str, default: int, options: Iterable[int], cost: Cost | None = 
 def deciding(given: Mapping[str, int], *, strict: bool = True) -> Iterator[Space]:
     """Let ``given`` decide inside of the block; the result tells what was asked.
 
-    Illegal decisions raise if ``strict``; else the analytic ones take their place.
+    Illegal decisions raise if ``strict``; else the nearest legal ones take their place.
     """
     space = Space(given, strict)
     token = _CURRENT.set(space)

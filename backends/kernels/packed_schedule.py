@@ -140,8 +140,8 @@ class PackedGenerator:
         wanted = min(_TASKS, max(1, batch * self.r * self.n * self.k // _TASK_WORK))
         while batch * chunks % wanted and chunks < tiles and -(-tiles // (chunks + 1)) >= 8:
             chunks += 1
-        chunks = decide("chunks", chunks, counts(min(128, tiles)))
-        return max(1, -(-tiles // chunks))
+        options = [-(-tiles // n) for n in counts(min(128, tiles))]
+        return decide("chunk", max(1, -(-tiles // chunks)), options)
 
     def _row_elements(self) -> int:
         """Return about how many elements of the row operand one row adds to those of the row before."""

@@ -35,9 +35,17 @@ class Kernel:
     workload: Workload | None = None
     space: Space = field(default_factory=Space)
 
+    @property
+    def tunable(self) -> bool:
+        """Whether there is anything to decide, and sizes to measure it with."""
+        workload = self.workload
+        return workload is not None and workload.fixed and bool(self.space.knobs or workload.layout)
+
     def describe(self) -> dict[str, Any]:
         """Return the JSON form that the artifact's report carries."""
         entry: dict[str, Any] = {"name": self.name, "schedule": self.rule}
+        if self.space.given:
+            entry["decisions"] = self.space.decisions
         if self.wanted is not None and self.wanted != self.rule:
             entry["declined"] = self.wanted
         if self.work is not None:

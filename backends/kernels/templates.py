@@ -27,6 +27,17 @@ ScheduleFunction = Callable[[Any, Target], Any]
 """Takes a fused PrimFunc and the target; returns the scheduled PrimFunc, or None if it cannot handle it."""
 
 
+VERSIONS = {
+    "generic": 1,
+    attention.TEMPLATE: 1,
+    contraction.TEMPLATE: 1,
+    integer_contraction.TEMPLATE: 1,
+    window.TEMPLATE: 1,
+    winograd.TEMPLATE: 1,
+}
+"""Counts changes of a template that give its decisions another meaning: older tuning records no longer hold."""
+
+
 def _contraction(function: Any, target: Target) -> Any:
     scheduled = few_rows.schedule(function, target)
     return contraction_schedule.schedule(function, target) if scheduled is None else scheduled

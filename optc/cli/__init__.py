@@ -13,6 +13,8 @@ from optc.errors import OptcError
 
 VERBS = {
     "compile": "Compile a model into one verified artifact.",
+    "tune": "Measure kernels and write what is fastest into a tuning log.",
+    "log": "Show, merge and check tuning logs.",
     "run": "Run an artifact; needs no compiler.",
     "verify": "Compare an artifact with a reference, output by output.",
     "bench": "Time an artifact, side by side with other programs.",

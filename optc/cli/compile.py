@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
-from optc.cli.common import capture_arguments, capture_options, json_option, print_json
+from optc.cli.common import Duration, capture_arguments, capture_options, json_option, print_json
 from optc.config import DEFAULT_NAME, CompileConfig, read, write
 from optc.errors import UsageError
 
@@ -23,6 +24,11 @@ from optc.errors import UsageError
 @click.option("--print-ir-after", multiple=True, metavar="PASS|all", help="Print the graph after a pass.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), help="Write the graph after every pass to this folder.")
 @click.option("--verify-ir", is_flag=True, help="Check the graph's canonical form after every pass.")
+@click.option("--log", type=click.Path(path_type=Path), help="Take decisions about kernels from this tuning log.")
+@click.option("--tune", type=Duration(), help="Tune first, for a time like 5m, into the log if one is given.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the log's records (default: this machine's).")
+@click.option("--offline", is_flag=True, help="Never measure anything; the build depends on its files alone.")
+@click.option("--require-tuned", is_flag=True, help="Fail (exit code 5) if a kernel has no record of its own.")
 @click.option("--config", type=click.Path(path_type=Path), help=f"Read options from a file like {DEFAULT_NAME}.")
 @click.option("--save-config", type=click.Path(path_type=Path), help="Write these options to a new file.")
 @json_option
@@ -38,6 +44,11 @@ def command(
     print_ir_after: tuple[str, ...],
     dump_ir: Path | None,
     verify_ir: bool,
+    log: Path | None,
+    tune: float | None,
+    threads: int | None,
+    offline: bool,
+    require_tuned: bool,
     config: Path | None,
     save_config: Path | None,
     as_json: bool,
@@ -49,12 +60,18 @@ def command(
       optc compile model.onnx -o model.optc
       optc compile model.onnx --dim batch=8 --target x86-64-v3
       optc compile mypackage.models:build -o model.optc
+      optc compile model.onnx --log tuning.jsonl --offline --require-tuned
+      optc compile model.onnx --tune 5m
       optc compile --config optc.toml
 
     Without MODEL and --config, ./optc.toml is read if it exists.
     """
     settings = _settings(config, model)
     _override(settings, model, output, target, no_verify, tolerance, disable)
+    settings.log = str(log) if log is not None else settings.log
+    settings.threads = threads or settings.threads
+    settings.offline = settings.offline or offline
+    settings.require_tuned = settings.require_tuned or require_tuned
     captured = capture_arguments(input_shapes, dims)
     settings.input_shapes.update({k: list(v) for k, v in captured["input_shapes"].items()})
     settings.dims.update(captured["dims"])
@@ -63,9 +80,17 @@ def command(
     destination = Path(settings.output or _default_output(settings.model))
     if not destination.parent.is_dir():
         raise UsageError(f"the folder of {destination} does not exist")
+    if tune is not None and settings.offline:
+        raise UsageError("--tune measures, --offline never does")
+    if tune is None and settings.log is None and (settings.require_tuned or settings.threads):
+        raise UsageError("--require-tuned and --threads speak about a tuning log", hint="give one with --log")
     if save_config is not None:
         write(save_config, settings)
-    _compile(settings, destination, print_ir_after, dump_ir, verify_ir, as_json)
+    with tempfile.TemporaryDirectory(prefix="optc-") as folder:
+        if tune is not None:
+            settings.log = settings.log or str(Path(folder) / "tuning.jsonl")
+            _tune(settings, tune)
+        _compile(settings, destination, print_ir_after, dump_ir, verify_ir, as_json)
 
 
 def _settings(config: Path | None, model: str | None) -> CompileConfig:
@@ -122,6 +147,7 @@ def _compile(
             tolerance=settings.tolerance,
             disable_passes=settings.disable_passes,
             observers=observers(print_ir_after=print_ir_after, dump_ir=dump_ir, verify_ir=verify_ir),
+            tuning=_tuning(settings),
             trace=trace,
         )
         status.update("writing")
@@ -136,6 +162,39 @@ def _compile(
         print_json(summary)
     else:
         _show(console, summary, artifact)
+
+
+def _tune(settings: CompileConfig, seconds: float) -> None:
+    from optc.cli.tune import run, show
+    from optc.tuner import Plan
+
+    assert settings.model is not None and settings.log is not None
+    captured = {"input_shapes": settings.input_shapes, "dims": settings.dims}
+    plan = Plan(Path(settings.log), seconds, threads=settings.threads)
+    outcome = run(settings.model, plan, settings.disable_passes, captured, settings.target)
+    show(outcome)
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+
+
+def _tuning(settings: CompileConfig) -> Any:
+    if settings.log is None:
+        return None
+    from optc.tuning import Tuning
+
+    return Tuning(Path(settings.log), settings.threads, settings.require_tuned)
+
+
+def describe_tuning(tuning: Any) -> str:
+    """Return the report's coverage in words."""
+    if isinstance(tuning, str):
+        return tuning
+    text = (
+        f"{tuning['exact']} of {tuning['kernels']} kernels from their own records, {tuning['nearest']} from the "
+        f"nearest shape, {tuning['analytic']} analytic; for {tuning['machine']}; no measurements"
+    )
+    bad = tuning["log"]["bad_lines"]
+    return f"{text}; [yellow]{len(bad)} bad lines: {', '.join(map(str, bad[:20]))}[/]" if bad else text
 
 
 def _show(console: Any, summary: dict[str, Any], artifact: Any) -> None:
@@ -153,6 +212,7 @@ def _show(console: Any, summary: dict[str, Any], artifact: Any) -> None:
     table.add_row("inputs", escape(", ".join(map(str, artifact.manifest.inputs))))
     table.add_row("outputs", escape(", ".join(map(str, artifact.manifest.outputs))))
     table.add_row("kernels", f"{len(kernels)} (" + ", ".join(f"{n} {rule}" for rule, n in sorted(rules.items())) + ")")
+    table.add_row("tuning", describe_tuning(report["tuning"]))
     table.add_row("time", seconds)
     verification = report["verification"]
     if isinstance(verification, str):

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from optc.cli.common import capture_arguments, capture_options, json_option, print_json
+from optc.cli.compile import describe_tuning
 
 
 @click.command(name="inspect")
@@ -73,7 +74,7 @@ def _show(path: Path, manifest: Any, report: dict[str, Any]) -> None:
     for kernel in report.get("kernels", []):
         rules[kernel["schedule"]] = rules.get(kernel["schedule"], 0) + 1
     table.add_row("kernels", ", ".join(f"{count} {rule}" for rule, count in sorted(rules.items())))
-    table.add_row("tuning", str(report.get("tuning", "")))
+    table.add_row("tuning", describe_tuning(report.get("tuning", "")))
     for key, value in sorted(manifest.metadata.items()):
         table.add_row("metadata", escape(f"{key}: {value if len(value) < 80 else value[:77] + '...'!r}"))
     verification = report.get("verification")

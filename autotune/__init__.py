@@ -1,0 +1,1 @@
+"""Autotuning: spaces of decisions, search, measurement, and the tuning log."""

@@ -1,0 +1,260 @@
+"""The tuner: spends a budget on the tasks that promise most, and writes every measurement into the log at once.
+
+Workers build candidates at the same time, each of its own tasks; then one after the other measures. A task whose best
+candidate promises less of the model's time than can be measured is left.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optc.autotune import data, log
+from optc.autotune.lookup import refusal
+from optc.autotune.machine import Machine
+from optc.autotune.model import CostModel
+from optc.autotune.pool import Pool, Process
+from optc.autotune.record import KEPT, OK, Record, paired, tvm_version
+from optc.autotune.search import Candidate, Search, candidate_of
+from optc.autotune.tasks import Task
+from optc.backends.kernels.templates import VERSIONS
+
+LEAST_SHARE = 0.002
+"""Tasks that take less of the model's time are not tuned: half of it, the most to hope for, is noise."""
+LEAST_GAIN = 2e-5
+"""The expected part of the model's time that is worth one more trial."""
+ROUNDS = 9
+"""Turns of candidate and untuned kernel."""
+NAIVE_OPERATIONS = 2_000_000_000
+"""Up to this many operations the reference is the kernel as it is defined, without any schedule."""
+_REFRESH = 12
+"""Trials after which all tasks are ranked again, because the cost model has learned from others."""
+
+
+@dataclass
+class Status:
+    """How far a run is, for people."""
+
+    elapsed: float
+    trials: int
+    failures: int
+    active: int
+    predicted: float
+    """The model's time that the best candidates add up to, relative to the untuned one."""
+    task: str = ""
+
+
+@dataclass
+class Budget:
+    """Seconds or trials to spend; None for no limit of that kind."""
+
+    seconds: float | None = None
+    trials: int | None = None
+
+
+@dataclass
+class Tuner:
+    """One run. ``curve`` holds (elapsed seconds, trials, predicted time relative to the untuned model)."""
+
+    tasks: list[Task]
+    machine: Machine
+    pool: Pool
+    path: Path
+    folder: Path
+    budget: Budget
+    progress: Callable[[Status], None] = lambda _: None
+    curve: list[tuple[float, int, float]] = field(default_factory=list)
+    trials: int = 0
+    failures: int = 0
+    stopped: str = ""
+
+    def __post_init__(self) -> None:
+        self.start = time.monotonic()
+        self.skipped = [t for t in self.tasks if t.share < LEAST_SHARE]
+        chosen = sorted((t for t in self.tasks if t.share >= LEAST_SHARE), key=lambda t: -t.share)
+        self.model = CostModel({t.key: t.workload for t in self.tasks})
+        self.searches = [Search(task, self.model) for task in chosen]
+        # Tasks keep to their worker: the heaviest are dealt out first.
+        workers = len(self.pool.processes)
+        self.owned = [self.searches[i::workers] for i in range(workers)]
+        self.dead: set[str] = set()
+
+    def run(self) -> None:
+        """Tune until the budget is spent or nothing promises enough. May be interrupted at any time."""
+        records = log.read(self.path).records if self.path.exists() else []
+        self._resume(records)
+        self._keep(self.skipped, records)
+        self._note()
+        while not self._spent():
+            batch = self._batch()
+            if not batch:
+                self.stopped = "no candidate promises a gain that could be measured"
+                return
+            built: list[tuple[Process, Search, Candidate, int]] = []
+            for process, search, candidate in batch:
+                if self._prepare(process, search, candidate.variant):
+                    number = self.trials + len(built)
+                    process.send(
+                        "build",
+                        task=search.task.key,
+                        variant=candidate.variant,
+                        decisions=candidate.given,
+                        number=number,
+                    )
+                    built.append((process, search, candidate, number))
+            answers = [process.receive(self.pool.settings.build_seconds) for process, *_ in built]
+            for (process, search, candidate, number), answer in zip(built, answers, strict=True):
+                self._finish(process, search, candidate, number, answer)
+
+    @property
+    def predicted(self) -> float:
+        """The model's time by the best candidates, relative to the untuned one."""
+        return 1.0 - sum(s.task.share * (1.0 - min(1.0, s.best.ratio)) for s in self.searches)
+
+    def _spent(self) -> bool:
+        if self.budget.seconds is not None and time.monotonic() - self.start >= self.budget.seconds:
+            self.stopped = "the time is used up"
+        elif self.budget.trials is not None and self.trials >= self.budget.trials:
+            self.stopped = "the trials are used up"
+        return bool(self.stopped)
+
+    def _batch(self) -> list[tuple[Process, Search, Candidate]]:
+        """Return for each worker the candidate among its tasks with the largest expected gain for the model."""
+        batch: list[tuple[Process, Search, Candidate]] = []
+        left = math.inf if self.budget.trials is None else self.budget.trials - self.trials
+        for process, owned in zip(self.pool.processes, self.owned, strict=True):
+            found = [
+                (gain * search.task.share, i, search, candidate)
+                for i, search in enumerate(owned)
+                if search.task.key not in self.dead
+                for gain, candidate in search.propose(1)
+            ]
+            if not found or len(batch) >= left:
+                continue
+            gain, _, search, candidate = max(found, key=lambda f: (f[0], -f[1]))
+            if gain >= LEAST_GAIN:
+                batch.append((process, search, candidate))
+        return batch
+
+    def _prepare(self, process: Process, search: Search, variant: int) -> bool:
+        """Load what a worker needs for a candidate; False if the untuned kernel itself does not work there."""
+        task, seconds = search.task, self.pool.settings.build_seconds
+        process.start()
+        for number in sorted({0, variant}):
+            if (task.key, number) not in process.knows:
+                answer = process.call(
+                    "load", seconds, task=task.key, variant=number, file=str(data.write(task, number, self.folder))
+                )
+                if answer["state"] != OK:
+                    return self._drop(task, answer)
+                process.knows.add((task.key, number))
+        if task.key not in process.knows:
+            template = task.variants[0].template
+            naive = template != "winograd" and 0 < task.operations <= NAIVE_OPERATIONS
+            answer = process.call("start", 2 * seconds, task=task.key, naive=naive)
+            if answer["state"] != OK:
+                return self._drop(task, answer)
+            process.knows.add(task.key)
+        return True
+
+    def _drop(self, task: Task, answer: dict[str, Any]) -> bool:
+        self.dead.add(task.key)
+        self._append([self._record(task, Candidate(0, ()), KEPT, note=f"not measured: {answer.get('note', '')}")])
+        return False
+
+    def _finish(
+        self, process: Process, search: Search, candidate: Candidate, number: int, built: dict[str, Any]
+    ) -> None:
+        """Measure what was built, learn from it, write it down."""
+        answer = built
+        if built["state"] == OK and process.child is not None:
+            if self._same_as_known(search, candidate, built["taken"]):
+                search.skip(candidate)
+                search.stale()
+                return
+            best = min(1.0, search.best.ratio)
+            answer = process.call(
+                "measure",
+                self.pool.settings.measure_seconds,
+                task=search.task.key,
+                number=number,
+                rounds=ROUNDS,
+                best=best,
+            )
+        self.trials += 1
+        state = answer["state"]
+        if state == OK:
+            ratio = paired(answer["seconds"], answer["baseline"])
+            search.learn(candidate, ratio, built["knobs"])
+        else:
+            self.failures += 1
+            search.learn(candidate, math.inf)
+        if not str(answer.get("note", "")).startswith("IllegalDecisionError"):
+            note = str(answer.get("note", ""))
+            self._append([self._record(search.task, candidate, state, {**built, **answer}, note)])
+        if self.trials % _REFRESH == 0:
+            for other in self.searches:
+                other.stale()
+        self._note(search)
+
+    def _same_as_known(self, search: Search, candidate: Candidate, taken: dict[str, int]) -> bool:
+        """Tell whether a candidate led to the same decisions as one before: some exclude others."""
+        variant = search.task.variants[candidate.variant]
+        same = Candidate(
+            candidate.variant,
+            tuple(sorted((k, v) for k, v in taken.items() if variant.space.decisions.get(k) != v)),
+        )
+        return same != candidate and same in search.tried
+
+    def _record(
+        self, task: Task, candidate: Candidate, state: str, answer: dict[str, Any] | None = None, note: str = ""
+    ) -> Record:
+        answer = answer or {}
+        variant = task.variants[candidate.variant]
+        zero = task.variants[0]
+        return Record(
+            workload=variant.workload,
+            template=variant.template,
+            template_version=VERSIONS.get(variant.template, 0),
+            decisions={**variant.space.decisions, **variant.layout, **candidate.given},
+            defaults={**zero.space.decisions, **zero.layout},
+            machine=self.machine,
+            tvm=tvm_version(),
+            state=state,
+            seconds=tuple(answer.get("seconds", ())),
+            baseline=tuple(answer.get("baseline", ())),
+            noise=float(answer.get("noise", 0.0)),
+            error=float(answer.get("error", 0.0)),
+            note=note,
+        )
+
+    def _append(self, records: Iterable[Record]) -> None:
+        log.append(self.path, records)
+
+    def _keep(self, tasks: list[Task], records: Iterable[Record]) -> None:
+        """Write down which tasks are left untuned, and why."""
+        known = {r.workload.key for r in records if refusal(r, self.machine) is None}
+        note = f"takes less than {LEAST_SHARE:.1%} of the model's time"
+        self._append([self._record(t, Candidate(0, ()), KEPT, note=note) for t in tasks if t.key not in known])
+
+    def _resume(self, records: Iterable[Record]) -> None:
+        """Learn from what the log says about these tasks on this machine."""
+        searches = {s.task.key: s for s in self.searches}
+        for record in records:
+            search = searches.get(record.workload.key)
+            if search is None or record.state == KEPT or refusal(record, self.machine) is not None:
+                continue
+            candidate = candidate_of(search.task, record.decisions)
+            if candidate is not None and candidate not in search.tried:
+                search.learn(candidate, record.ratio)
+
+    def _note(self, search: Search | None = None) -> None:
+        elapsed = time.monotonic() - self.start
+        self.curve.append((elapsed, self.trials, self.predicted))
+        active = sum(1 for s in self.searches if s.task.key not in self.dead)
+        name = search.task.names[0] if search else ""
+        self.progress(Status(elapsed, self.trials, self.failures, active, self.predicted, name))
