@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,11 +78,11 @@ def append(path: Path, records: Iterable[Record]) -> None:
         raise UsageError(f"cannot write the tuning log {path}: {error.strerror}") from error
 
 
-def rewrite(path: Path, records: Iterable[Record]) -> None:
-    """Replace the content of a log, atomically, sorted; lines that others append meanwhile wait and are kept."""
+def rewrite(path: Path, choose: Callable[[Log], Iterable[Record]]) -> None:
+    """Replace a log by what ``choose`` keeps of it, atomically, sorted. Others that append meanwhile wait."""
     try:
         with _locked(path):
-            write(path, records)
+            write(path, choose(read(path)))
     except OSError as error:
         raise UsageError(f"cannot write the tuning log {path}: {error.strerror}") from error
 

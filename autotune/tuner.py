@@ -87,28 +87,31 @@ class Tuner:
         """Tune until the budget is spent or nothing promises enough. May be interrupted at any time."""
         records = log.read(self.path).records if self.path.exists() else []
         self._resume(records)
-        self._keep(self.skipped, records)
+        self._keep(self.skipped, records, f"takes less than {LEAST_SHARE:.1%} of the model's time")
         self._note()
-        while not self._spent():
-            batch = self._batch()
-            if not batch:
-                self.stopped = "no candidate promises a gain that could be measured"
-                return
-            built: list[tuple[Process, Search, Candidate, int]] = []
-            for process, search, candidate in batch:
-                if self._prepare(process, search, candidate.variant):
-                    number = self.trials + len(built)
-                    process.send(
-                        "build",
-                        task=search.task.key,
-                        variant=candidate.variant,
-                        decisions=candidate.given,
-                        number=number,
-                    )
-                    built.append((process, search, candidate, number))
-            answers = [process.receive(self.pool.settings.build_seconds) for process, *_ in built]
-            for (process, search, candidate, number), answer in zip(built, answers, strict=True):
-                self._finish(process, search, candidate, number, answer)
+        try:
+            while not self._spent() and self._step():
+                pass
+        finally:
+            untried = [s.task for s in self.searches if len(s.results) == 1 and s.task.key not in self.dead]
+            self._keep(untried, records, "the search ended before its turn")
+
+    def _step(self) -> bool:
+        """Try one candidate on each worker; False if none promises enough."""
+        batch = self._batch()
+        if not batch:
+            self.stopped = "no candidate promises a gain that could be measured"
+            return False
+        built: list[tuple[Process, Search, Candidate, int]] = []
+        for process, search, candidate in batch:
+            if self._prepare(process, search, candidate.variant):
+                number, key = self.trials + len(built), search.task.key
+                process.send("build", task=key, variant=candidate.variant, decisions=candidate.given, number=number)
+                built.append((process, search, candidate, number))
+        answers = [process.receive(self.pool.settings.build_seconds) for process, *_ in built]
+        for (process, search, candidate, number), answer in zip(built, answers, strict=True):
+            self._finish(process, search, candidate, number, answer)
+        return True
 
     @property
     def predicted(self) -> float:
@@ -235,10 +238,9 @@ class Tuner:
     def _append(self, records: Iterable[Record]) -> None:
         log.append(self.path, records)
 
-    def _keep(self, tasks: list[Task], records: Iterable[Record]) -> None:
+    def _keep(self, tasks: list[Task], records: Iterable[Record], note: str) -> None:
         """Write down which tasks are left untuned, and why."""
         known = {r.workload.key for r in records if refusal(r, self.machine) is None}
-        note = f"takes less than {LEAST_SHARE:.1%} of the model's time"
         self._append([self._record(t, Candidate(0, ()), KEPT, note=note) for t in tasks if t.key not in known])
 
     def _resume(self, records: Iterable[Record]) -> None:

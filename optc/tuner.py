@@ -41,7 +41,7 @@ ROUND_SECONDS = 2.5
 """The same for one round of kernels that were timed alone only."""
 _ALONE = 0.55
 """The part of the time for kernels alone; the rest is for artifacts."""
-_MOST_ROUNDS = 40
+_FEW_ROUNDS, _MOST_ROUNDS = 3, 40
 _ACTIVATIONS = 4 << 20
 """Bytes of activations to cycle through: more than the caches of a core."""
 _PROFILES = 5
@@ -216,8 +216,9 @@ class _Rounds:
     done: int = 0
 
     def run(self, end: float | None, progress: Callable[[int], None]) -> None:
-        """Compare until ``end`` of the clock, at least once, at most ``_MOST_ROUNDS`` times."""
-        while self.done < _MOST_ROUNDS and (not self.done or end is None or time.monotonic() < end):
+        """Compare until ``end`` of the clock, at least once; without such an end a few times."""
+        most = _FEW_ROUNDS if end is None else _MOST_ROUNDS
+        while self.done < most and (not self.done or end is None or time.monotonic() < end):
             served = Lookup(self.machine, self._records(), explore=True)
             tuned = self._build(served)
             if not served.exploring:

@@ -14,6 +14,7 @@ from optc.errors import OptcError, UsageError
 if TYPE_CHECKING:
     from optc.autotune.log import Log
     from optc.autotune.lookup import Choice
+    from optc.autotune.record import Record
 
 _PATH = click.Path(path_type=Path)
 
@@ -135,13 +136,29 @@ def export(source: Path, output: Path | None) -> None:
 def prune(log: Path, stale: bool) -> None:
     """Keep of LOG what decides builds; what is dropped, bad lines too, goes to LOG.pruned."""
     from optc.autotune import log as logs
+
+    dropped: list[bytes] = []
+
+    def choose(found: Log) -> list[Record]:
+        kept = _deciding(found.records, stale)
+        dropped.extend(r.line.encode() for r in found.records if r.line not in kept)
+        dropped.extend(line.text for line in found.bad)
+        return [r for r in found.records if r.line in kept]
+
+    logs.rewrite(log, choose)
+    if dropped:
+        with log.with_name(f"{log.name}.pruned").open("ab") as file:
+            file.write(b"\n".join(dropped) + b"\n")
+    click.echo(f"{log}: {len(logs.read(log).records)} records kept, {len(dropped)} lines moved to {log.name}.pruned")
+
+
+def _deciding(records: list[Record], stale: bool) -> set[str]:
+    """Return the lines of the best choice for each workload and layout, alone and inside of models, by context."""
     from optc.autotune.lookup import refusal
 
-    found = _read(log)
     kept: set[str] = set()
-    contexts = {(r.machine, r.tvm, r.template, r.template_version) for r in found.records}
-    for context in contexts:
-        own = [r for r in found.records if (r.machine, r.tvm, r.template, r.template_version) == context]
+    for context in {_context(r) for r in records}:
+        own = [r for r in records if _context(r) == context]
         if stale and refusal(own[0], own[0].machine) is not None:
             continue
         seen: set[tuple[str, str, bool]] = set()
@@ -150,12 +167,11 @@ def prune(log: Path, stale: bool) -> None:
             if place not in seen:
                 seen.add(place)
                 kept |= {r.line for r in choice.records}
-    dropped = [r.line.encode() for r in found.records if r.line not in kept] + [line.text for line in found.bad]
-    if dropped:
-        with log.with_name(f"{log.name}.pruned").open("ab") as file:
-            file.write(b"\n".join(dropped) + b"\n")
-    logs.rewrite(log, [r for r in found.records if r.line in kept])
-    click.echo(f"{log}: {len(kept)} records kept, {len(dropped)} lines moved to {log.name}.pruned")
+    return kept
+
+
+def _context(record: Record) -> tuple[Any, ...]:
+    return record.machine, record.tvm, record.template, record.template_version
 
 
 @command.command()

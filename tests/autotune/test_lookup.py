@@ -125,7 +125,7 @@ def test_distance_counts_factors_of_two():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(0.5, 1.5), st.booleans()), max_size=12), st.randoms())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_merging_in_any_order_gives_the_same_lookups(drawn, order):
     lines = []
     for place, ratio, inside in drawn:

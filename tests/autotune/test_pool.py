@@ -98,7 +98,7 @@ def hoard():
 FAULTS = {
     "crash": (lambda: call("abort"), "crash", "SIGABRT"),
     "hang": (lambda: call("pause"), "timeout", "no answer within 2 s"),
-    "hoard": (hoard, "memory", "out of memory"),
+    "hoard": (hoard, "memory", "alloc"),
 }
 
 

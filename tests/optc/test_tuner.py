@@ -9,7 +9,7 @@ import onnx.parser
 import pytest
 from click.testing import CliRunner
 
-from optc import driver, plot
+from optc import driver, plot, tuner
 from optc.autotune import log
 from optc.autotune.record import KEPT, MODEL, OK
 from optc.cli import cli
@@ -32,6 +32,14 @@ def model(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner, "COMPARE_SECONDS", 0.2)
+        patch.setattr(tuner, "ROUND_SECONDS", 0.1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def tuned(model):
     path = model.with_name("log.jsonl")
@@ -47,7 +55,7 @@ def test_every_trial_is_in_the_log(tuned):
     alone = [r for r in found.records if r.where != MODEL and r.state != KEPT]
     assert 0 < len(alone) <= 6, "illegal combinations are no trials worth a record"
     assert all(len(r.seconds) == len(r.baseline) for r in alone if r.state == OK)
-    assert {r.workload.operator for r in alone} == {"conv"}
+    assert {r.workload.operator for r in alone} <= {"conv", "generic"}
 
 
 def test_a_second_run_goes_on(model, tuned):
