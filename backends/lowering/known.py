@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,24 @@ class Dequantized:
     block: int
     parts: Callable[[], tuple[list[Any], Callable[..., Any]]]
     make: Callable[[], Any]
+
+    @cached_property
+    def dense(self) -> np.ndarray:
+        """All elements, in the type of the scale, for readers that rearrange a constant while compiling."""
+        values = self.values.astype(np.int32)
+        if self.zero is not None:
+            values = values - self._spread(self.zero).astype(np.int32)
+        result: np.ndarray = values.astype(np.float32) * self._spread(self.scale).astype(np.float32)
+        return result.astype(self.scale.dtype)
+
+    def _spread(self, parameter: np.ndarray) -> np.ndarray:
+        """Return a scale or zero point in a shape that broadcasts with the values."""
+        if parameter.size == 1:
+            return parameter.reshape(())
+        if self.block:
+            stop = self.values.shape[self.axis]
+            return np.repeat(parameter, self.block, self.axis).take(range(stop), self.axis)
+        return parameter.reshape([-1 if i == self.axis else 1 for i in range(self.values.ndim)])
 
 
 @dataclass(frozen=True)

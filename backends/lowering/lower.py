@@ -271,11 +271,13 @@ class Lowerer:
         return name
 
     def constant(self, value: oir.Value) -> np.ndarray | None:
-        """Return the array of an initializer, or of known integers without symbols, else None."""
+        """Return the array of an initializer, a dequantized one, or known integers without symbols, else None."""
         if value.is_initializer() and value.const_value is not None:
             return value.const_value.numpy()
         if value in self.constants:
             return self.constants[value]
+        if value in self.dequantized:
+            return self.dequantized[value].dense
         known = self.integers.get(value)
         numbers = None if known is None else [shape_values.number(v) for v in known.flat]
         if known is None or numbers is None or None in numbers:

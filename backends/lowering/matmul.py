@@ -26,12 +26,13 @@ TABLE = Table()
 @TABLE.lowers("MatMul")
 def matmul(site: Site) -> Any:
     """MatMul-13: NumPy's matmul, ranks 1 to n with broadcast leading axes."""
-    a, constant = site.tensor(0), site.constant(1)
+    a = site.tensor(0)
     left = shape_of(a)
-    right = list(constant.shape) if constant is not None else site.shape(1)
     if len(left) == 1:
         a = site.reshape(a, [1, left[0]])
     weights = weight_only.operand(site, 1, a)
+    constant = site.constant(1) if weights is None else None
+    right = list(constant.shape) if constant is not None else site.shape(1)
     if weights is not None:
         result = _weight_only(site, a, right, *weights)
     elif constant is not None and len(right) <= 2:
@@ -100,7 +101,7 @@ def gemm(site: Site) -> Any:
     a, dtype = site.tensor(0), site.dtype(0)
     trans_a, trans_b = bool(site.attr("transA", 0)), bool(site.attr("transB", 0))
     alpha, beta = site.attr("alpha", 1.0), site.attr("beta", 1.0)
-    constant = site.constant(1)
+    constant = site.constant(1) if site.dequantized(1) is None else None
     addends = [site.tensor(2)] if site.has(2) and beta != 0.0 else []
     depth = (site.shape(1) if constant is None else constant.shape)[1 if trans_b else 0]
     rows = site.shape(0)[1 if trans_a else 0]

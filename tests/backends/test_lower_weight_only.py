@@ -186,14 +186,29 @@ def test_a_table_shared_by_gather_and_a_transposed_product(compile_model):
 
 
 @pytest.mark.parametrize(("axis", "block"), [(0, 0), (0, 12), (1, 16)])
-def test_other_forms_are_dequantized_when_they_run(compile_model, axis, block):
+def test_other_forms_are_dequantized_while_compiling(compile_model, axis, block):
     """Scales that vary within a word, or along the depth, are no business of the packed kernel."""
     weight = Weight((60, 32), "int4", axis=axis, block=block)
     x = data(3, 60)
     model = weight.model([MATMUL], {"x": (F, [3, 60])})
-    assert "weight_only" not in rules(model)[0]
+    assert rules(model)[0] == ["contraction"]
     (y,) = compile_model(model)(x)
     np.testing.assert_allclose(y, x @ weight.floats, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("axis", "block"), [(0, 0), (1, 4)])
+@pytest.mark.parametrize("kind", ["uint4", "int8"])
+def test_filters_are_dequantized_while_compiling(compile_model, kind, axis, block):
+    weight = Weight((24, 16, 3, 3), kind, axis=axis, block=block)
+    x = np.random.default_rng(1).standard_normal((1, 16, 9, 8)).astype(F)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], strides=[2, 2], pads=[1, 1, 1, 1])
+    model = weight.model([node], {"x": (F, x.shape)})
+    schedules, _ = rules(model)
+    assert "contraction" in schedules
+    padded = np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)]).astype(np.float64)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2, ::2]
+    expected = np.einsum("ncyxij,mcij->nmyx", windows, weight.floats)
+    np.testing.assert_allclose(compile_model(model)(x)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("depth", [7, 111, 301])
