@@ -15,11 +15,14 @@ from statistics import median
 from optc.autotune.distance import distance
 from optc.autotune.machine import Machine
 from optc.autotune.record import FAILURES, KEPT, MODEL, OK, Record, tvm_version
+from optc.backends.kernels.decisions import Space
 from optc.backends.kernels.templates import VERSIONS
 from optc.backends.kernels.workload import Workload
 
 MARGIN = 0.98
 """A choice is served if it takes less than this part of the untuned time: smaller gains are noise."""
+LENT = 0.95
+"""The same for another shape, which was not measured at all; and it must come from inside of a model."""
 NEAR = 4.0
 """The largest distance of shapes that decisions are carried over: factors of two in sizes, added up."""
 
@@ -44,12 +47,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was served for a workload, and where it comes from."""
+    """What was served for a workload, and where it comes from.
+
+    ``stale`` tells that there are records, but relative to an untuned kernel that is no more.
+    """
 
     source: str
     decisions: Mapping[str, int]
     choice: Choice | None = None
     distance: float = 0.0
+    stale: bool = False
 
 
 def refusal(record: Record, machine: Machine) -> str | None:
@@ -117,7 +124,7 @@ class Lookup:
         if found is not None:
             return best_layout(found, self.explore)
         near = self._nearest(workload)
-        if near is None or not _faster(near[0]):
+        if near is None or not _lendable(near[0]):
             return {}
         choice = near[0]
         return {k: v for k, v in choice.workload.layout.items() if v != choice.defaults.get(k)}
@@ -127,6 +134,19 @@ class Lookup:
         answer = self._answer(workload)
         self.answers[answer_key(workload)] = answer
         return answer.decisions
+
+    def holds(self, workload: Workload, space: Space) -> bool:
+        """Tell whether the untuned kernel is still the one that the records are relative to."""
+        choice = self.answers[answer_key(workload)].choice
+        if choice is None or choice.workload.key != workload.key:
+            return True
+        # With another layout the template's own choices are others: these are not in the record.
+        if any(choice.defaults.get(k, v) != v for k, v in workload.layout.items()):
+            return True
+        fits = all(choice.defaults.get(name, knob.default) == knob.default for name, knob in space.knobs.items())
+        if not fits:
+            self.answers[answer_key(workload)] = Answer(ANALYTIC, {}, stale=True)
+        return fits
 
     def _answer(self, workload: Workload) -> Answer:
         if not workload.fixed:
@@ -139,7 +159,7 @@ class Lookup:
         if near is None:
             return Answer(ANALYTIC, {})
         choice, away = near
-        moved = {k: v for k, v in choice.decisions.items() if v != choice.defaults.get(k)} if _faster(choice) else {}
+        moved = {k: v for k, v in choice.decisions.items() if v != choice.defaults.get(k)} if _lendable(choice) else {}
         return Answer(NEAREST, moved, choice, away)
 
     def _best(self, here: list[Choice]) -> Choice:
@@ -175,6 +195,10 @@ def answer_key(workload: Workload) -> tuple[str, str]:
 
 def _faster(choice: Choice) -> bool:
     return choice.ratio < MARGIN
+
+
+def _lendable(choice: Choice) -> bool:
+    return choice.inside and choice.ratio < LENT
 
 
 def best_layout(found: Iterable[Choice], explore: bool = False) -> Mapping[str, int]:

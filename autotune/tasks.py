@@ -95,6 +95,9 @@ class _Forced:
     def schedule(self, workload: Workload) -> Mapping[str, int]:
         return {}
 
+    def holds(self, workload: Workload, space: Space) -> bool:
+        return True
+
 
 def extract(model: oir.Model, target: Target, without: Collection[str] = ()) -> list[Task]:
     """Return the tasks of an optimized model, whose sizes must be fixed where something is to be tuned."""

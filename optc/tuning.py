@@ -112,6 +112,8 @@ def _reason(kernel: Any, served: Lookup) -> dict[str, str]:
             f"{1 / answer.choice.ratio:.3f} x the untuned kernel" if answer.decisions else "the untuned kernel is best"
         )
         return {"source": answer.source, "why": f"{len(answer.choice.records)} records{where}: {faster}{refused}"}
+    if answer.stale:
+        return {"source": ANALYTIC, "why": "its records are relative to an untuned kernel that has changed since"}
     own = [r for r in served.records if r.workload.key == workload.key]
     reasons = sorted({refusal(r, served.machine) or f"measured, but it failed: {r.state}" for r in own})
     return {"source": ANALYTIC, "why": "; ".join(reasons) or "no record of this workload or of one near it"}

@@ -118,3 +118,6 @@ class Tuning(Protocol):
 
     def schedule(self, workload: Workload) -> Mapping[str, int]:
         """Return decisions of the template, for a workload with its epilogue and layout."""
+
+    def holds(self, workload: Workload, space: Space) -> bool:
+        """Tell whether what ``schedule`` has served fits what was asked; if not, the kernel stays analytic."""

@@ -63,6 +63,9 @@ def schedule(module: Any, target: Target, tuning: Tuning | None = None) -> tuple
         workload = workload_of(function)
         with deciding(tuning.schedule(workload) if tuning else {}, strict=False) as space:
             scheduled, rule, wanted = schedule_kernel(function, target)
+        if tuning and space.given and not tuning.holds(workload, space):
+            with deciding({}) as space:
+                scheduled, rule, wanted = schedule_kernel(function, target)
         module[var] = scheduled
         kernels.append(Kernel(name, rule, wanted, work(function), workload, space))
     return module, kernels

@@ -35,7 +35,8 @@ VERSIONS = {
     window.TEMPLATE: 1,
     winograd.TEMPLATE: 1,
 }
-"""Counts changes of a template that give its decisions another meaning: older tuning records no longer hold."""
+"""Counts changes of a template after which older tuning records no longer hold: decisions mean something else, or the
+untuned kernel, which they are relative to, has become another one."""
 
 
 def _contraction(function: Any, target: Target) -> Any:

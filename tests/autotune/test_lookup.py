@@ -101,10 +101,13 @@ def test_a_layout_is_served_to_lowering(record):
 
 
 def test_the_nearest_shape_lends_what_it_changed(record):
-    answer = served([record(0.8, {"unroll": 4}), record(0.5, workload=matmul(m=2048))], matmul(m=96))
+    inside = record(0.8, {"unroll": 4}, where=MODEL)
+    answer = served([inside, record(0.5, workload=matmul(m=2048), where=MODEL)], matmul(m=96))
     assert answer.source == NEAREST
     assert answer.decisions == {"unroll": 4}
     assert answer.distance == pytest.approx(0.415, abs=0.01)
+    for weak in (record(0.8), record(0.97, where=MODEL)):
+        assert served([weak], matmul(m=96)).decisions == {}
 
 
 def test_nothing_is_lent_across_operators_types_or_far_sizes(record):

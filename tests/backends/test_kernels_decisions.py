@@ -44,6 +44,9 @@ class Forced:
     def layout(self, workload):
         return self.layouts
 
+    def holds(self, workload, space):
+        return True
+
     def schedule(self, workload):
         space = self.spaces.get(workload.key)
         return (

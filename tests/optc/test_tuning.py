@@ -11,7 +11,7 @@ import pytest
 from optc import driver
 from optc.autotune import log
 from optc.autotune.machine import machine_of
-from optc.autotune.record import Record, tvm_version
+from optc.autotune.record import MODEL, Record, tvm_version
 from optc.backends.kernels.templates import VERSIONS
 from optc.backends.kernels.workload import Workload
 from optc.errors import MissingTuningError, UsageError
@@ -51,6 +51,7 @@ def record():
         tvm=tvm_version(),
         seconds=(0.5e-3,),
         baseline=(1e-3,),
+        where=MODEL,
     )
 
 
@@ -103,6 +104,19 @@ def test_a_log_of_another_machine_changes_nothing(model, record, tmp_path):
     assert artifact.tuning == ""
     assert artifact.report["tuning"]["untuned"] == ["matmul"]
     assert artifact.report["tuning"]["log"]["bad_lines"] == [2]
+
+
+def test_records_relative_to_another_untuned_kernel_are_not_served(model, record, tmp_path):
+    path = tmp_path / "old.jsonl"
+    target = driver.resolve_target("cpu")
+    (kernel,) = driver.backend(target).schedule(driver.optimize(str(model))).kernels
+    layout = dict(kernel.workload.layout)
+    other = next(o for o in kernel.space.knobs["rows"].options if o not in (2, kernel.space.taken["rows"]))
+    own = replace(record, workload=kernel.workload, decisions={**layout, "rows": 2}, defaults={**layout, "rows": other})
+    log.append(path, [own])
+    assert driver.compile(str(model), tuning=Tuning(path)).code == driver.compile(str(model)).code
+    (row,) = explain(str(model), Tuning(path), "cpu")
+    assert row["source"] == "analytic" and "has changed since" in row["why"]
 
 
 def test_explanations(model, tuned, record, tmp_path):
