@@ -37,5 +37,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
+        if name == "training":
+            return import_module("optc.training")
         raise AttributeError(f"module 'optc' has no attribute '{name}'")
     return getattr(import_module(_HOME[name]), name)

@@ -18,14 +18,18 @@ _HOME = {
     "plan": ("optc.training.planning", "plan"),
     "Plan": ("optc.training.planning", "Plan"),
     "costs_of": ("optc.training.planning", "costs_of"),
+    "Distillation": ("optc.training.distill", "Distillation"),
+    "load_weights": ("optc.training.checkpoint", "load_weights"),
     "Recipe": ("optc.training.recipe", "Recipe"),
     "Batches": ("optc.training.recipe", "Batches"),
     "Trainer": ("optc.training.trainer", "Trainer"),
 }
 
-__all__ = ["Batches", "Plan", "Recipe", "Trainer", "costs_of", "plan"]
+__all__ = ["Batches", "Distillation", "Plan", "Recipe", "Trainer", "costs_of", "load_weights", "plan"]
 
 if TYPE_CHECKING:
+    from optc.training.checkpoint import load_weights
+    from optc.training.distill import Distillation
     from optc.training.planning import Plan, costs_of, plan
     from optc.training.recipe import Batches, Recipe
     from optc.training.trainer import Trainer

@@ -29,6 +29,9 @@ from optc.errors import UsageError
 @click.option("--threads", type=click.IntRange(1), help="Threads of the log's records (default: this machine's).")
 @click.option("--offline", is_flag=True, help="Never measure anything; the build depends on its files alone.")
 @click.option("--require-tuned", is_flag=True, help="Fail (exit code 5) if a kernel has no record of its own.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Weights of a training run, for package.module:factory."
+)
 @click.option("--config", type=click.Path(path_type=Path), help=f"Read options from a file like {DEFAULT_NAME}.")
 @click.option("--save-config", type=click.Path(path_type=Path), help="Write these options to a new file.")
 @json_option
@@ -49,6 +52,7 @@ def command(
     threads: int | None,
     offline: bool,
     require_tuned: bool,
+    checkpoint: Path | None,
     config: Path | None,
     save_config: Path | None,
     as_json: bool,
@@ -62,6 +66,7 @@ def command(
       optc compile mypackage.models:build -o model.optc
       optc compile model.onnx --log tuning.jsonl --offline --require-tuned
       optc compile model.onnx --tune 5m
+      optc compile mypackage.train:recipe --checkpoint run -o model.optc
       optc compile --config optc.toml
 
     Without MODEL and --config, ./optc.toml is read if it exists.
@@ -82,6 +87,8 @@ def command(
         raise UsageError(f"the folder of {destination} does not exist")
     if tune is not None and settings.offline:
         raise UsageError("--tune measures, --offline never does")
+    if tune is not None and checkpoint is not None:
+        raise UsageError("--tune cannot tune for a --checkpoint", hint="tune the model first, then give the --log")
     if tune is None and settings.log is None and (settings.require_tuned or settings.threads):
         raise UsageError("--require-tuned and --threads speak about a tuning log", hint="give one with --log")
     if save_config is not None:
@@ -90,7 +97,7 @@ def command(
         if tune is not None:
             settings.log = settings.log or str(Path(folder) / "tuning.jsonl")
             _tune(settings, tune)
-        _compile(settings, destination, print_ir_after, dump_ir, verify_ir, as_json)
+        _compile(settings, checkpoint, destination, print_ir_after, dump_ir, verify_ir, as_json)
 
 
 def _settings(config: Path | None, model: str | None) -> CompileConfig:
@@ -124,6 +131,7 @@ def _default_output(model: str) -> str:
 
 def _compile(
     settings: CompileConfig,
+    checkpoint: Path | None,
     destination: Path,
     print_ir_after: tuple[str, ...],
     dump_ir: Path | None,
@@ -138,8 +146,10 @@ def _compile(
     console = Console(stderr=True)
     with console.status("starting") as status:
         trace = Trace(progress=lambda stage: status.update(f"[bold]{stage}[/] {settings.model}"))
+        model, inputs = (settings.model, None) if checkpoint is None else _trained(settings, checkpoint)
         artifact = compile(
-            settings.model,
+            model,
+            inputs,
             target=settings.target,
             input_shapes=settings.input_shapes,
             dims=settings.dims,
@@ -195,6 +205,17 @@ def describe_tuning(tuning: Any) -> str:
     )
     bad = tuning["log"]["bad_lines"]
     return f"{text}; [yellow]{len(bad)} bad lines: {', '.join(map(str, bad[:20]))}[/]" if bad else text
+
+
+def _trained(settings: CompileConfig, checkpoint: Path) -> tuple[Any, Any]:
+    """The module that the model's factory makes, with the weights of a checkpoint of any number of stages."""
+    from optc.training import load_weights
+    from optc.training.recipe import load
+
+    recipe = load(str(settings.model))
+    load_weights(checkpoint, recipe.module)
+    inputs = recipe.example_inputs
+    return recipe.module, inputs if isinstance(inputs, list | tuple) else (inputs,)
 
 
 def _show(console: Any, summary: dict[str, Any], artifact: Any) -> None:
