@@ -93,8 +93,10 @@ class Tuner:
             while not self._spent() and self._step():
                 pass
         finally:
-            untried = [s.task for s in self.searches if len(s.results) == 1 and s.task.key not in self.dead]
-            self._keep(untried, records, "the search ended before its turn")
+            # Where every candidate failed there is nothing measured either.
+            without = [s for s in self.searches if not any(math.isfinite(r.ratio) for r in s.results[1:])]
+            untried = [s.task for s in without if s.task.key not in self.dead]
+            self._keep(untried, records, "the search ended before a candidate of it was measured")
 
     def _step(self) -> bool:
         """Try one candidate on each worker; False if none promises enough."""
@@ -240,7 +242,7 @@ class Tuner:
 
     def _keep(self, tasks: list[Task], records: Iterable[Record], note: str) -> None:
         """Write down which tasks are left untuned, and why."""
-        known = {r.workload.key for r in records if refusal(r, self.machine) is None}
+        known = {r.workload.key for r in records if r.state in (OK, KEPT) and refusal(r, self.machine) is None}
         self._append([self._record(t, Candidate(0, ()), KEPT, note=note) for t in tasks if t.key not in known])
 
     def _resume(self, records: Iterable[Record]) -> None:

@@ -120,4 +120,4 @@ class Tuning(Protocol):
         """Return decisions of the template, for a workload with its epilogue and layout."""
 
     def holds(self, workload: Workload, space: Space) -> bool:
-        """Tell whether what ``schedule`` has served fits what was asked; if not, the kernel stays analytic."""
+        """Tell whether what ``schedule`` has served fits the untuned kernel of ``space``; else that is taken."""

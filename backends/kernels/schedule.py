@@ -61,11 +61,13 @@ def schedule(module: Any, target: Target, tuning: Tuning | None = None) -> tuple
             continue
         name = str(var.name_hint)
         workload = workload_of(function)
-        with deciding(tuning.schedule(workload) if tuning else {}, strict=False) as space:
-            scheduled, rule, wanted = schedule_kernel(function, target)
-        if tuning and space.given and not tuning.holds(workload, space):
+        given = tuning.schedule(workload) if tuning else {}
+        if tuning and given:
             with deciding({}) as space:
-                scheduled, rule, wanted = schedule_kernel(function, target)
+                schedule_kernel(function, target)
+            given = given if tuning.holds(workload, space) else {}
+        with deciding(given, strict=False) as space:
+            scheduled, rule, wanted = schedule_kernel(function, target)
         module[var] = scheduled
         kernels.append(Kernel(name, rule, wanted, work(function), workload, space))
     return module, kernels

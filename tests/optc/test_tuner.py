@@ -69,7 +69,7 @@ def test_a_second_run_goes_on(model, tuned):
 
 def test_what_was_tuned_compiles_and_is_right(model, tuned, tmp_path):
     artifact = driver.compile(str(model), tuning=Tuning(tuned[0], required=True))
-    assert artifact.report["tuning"]["analytic"] == 0
+    assert artifact.report["tuning"]["exact"] > 0
     assert artifact.report["verification"]["outputs"][0]["relative"] < 1e-5
 
 
