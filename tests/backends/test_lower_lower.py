@@ -100,7 +100,7 @@ def test_everything_refused_is_named_at_once():
 
 
 def test_weights_of_one_name_and_different_contents_are_two():
-    lowerer = Lowerer(load(parse("g (float[a] x) => (float[a] y) { y = Neg(x) }")), TABLE, resolve("cpu"))
+    lowerer = Lowerer(load(parse("g (float[a] x) => (float[a] y) { y = Neg(x) }")), TABLE, resolve("cpu"), (), None)
     first = lowerer.weight(np.zeros(3, "f4"), "w")
     assert lowerer.weight(np.zeros(3, "f4"), "w") is first
     assert lowerer.weight(np.ones(3, "f4"), "w") is not first

@@ -1,4 +1,4 @@
-"""The build files of examples/build: make and CMake build from a log, and only when something changed."""
+"""The build files of examples/offline: make and CMake build from a log, and only when something changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from optc.backends.kernels.templates import VERSIONS
 from optc.runtime import read_tuning
 from optc.runtime.cpu import default_threads
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "build"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "offline"
 
 
 @pytest.fixture
