@@ -12,7 +12,7 @@ import onnx_ir as oir
 
 from optc.errors import UsageError
 from optc.ir import dims, shapes
-from optc.passes import fuse, quantize
+from optc.passes import fuse, integer
 from optc.passes.base import Pass
 from optc.passes.observer import Observer, PassRecord
 from optc.passes.simplify import (
@@ -63,7 +63,7 @@ def phases() -> list[Phase]:
         # Each family makes work for others, so they repeat; a real model settles after two or three rounds.
         Phase("simplify", simplify, rounds=8),
         # Before fusion, which looks for operators on floats; integers pass through one operator after the other.
-        Phase("quantize", tuple(quantize.passes()), rounds=8),
+        Phase("integer", tuple(integer.passes()), rounds=8),
         # Exporters' spellings of operators are recognised when constants and no-ops are out of the way.
         Phase("fuse", tuple(fuse.passes())),
         # Folding into weights leaves constant expressions, and fusion leaves unused nodes. Constants of chains are

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as oir
 
 from optc.passes.fuse.bias import copied
+from optc.passes.integer.parameters import EIGHT_BITS, Quantized, dequantized, read
 from optc.passes.match import input_or_none, producer, scalar, used_once
-from optc.passes.quantize.parameters import EIGHT_BITS, Quantized, dequantized, read
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule
 
 # Operators whose first input gives all elements of their only output. The order of integers is that of the numbers.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optc.passes.quantize.passage import passage_pass
-from optc.passes.quantize.products import products_pass
-from optc.passes.quantize.weights import weights_pass
+from optc.passes.integer.passage import passage_pass
+from optc.passes.integer.products import products_pass
+from optc.passes.integer.weights import weights_pass
 
 MATMUL = "matmul(dq(a), dq(b)) => dq(matmul_integer(a, b))"
 GEMM = "gemm(dq(a), dq(b), c) => dq(matmul_integer(a, b) + c)"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from optc.passes.base import Pass
-from optc.passes.quantize.passage import passage_pass
-from optc.passes.quantize.products import products_pass
-from optc.passes.quantize.weights import weights_pass
+from optc.passes.integer.passage import passage_pass
+from optc.passes.integer.products import products_pass
+from optc.passes.integer.weights import weights_pass
 
 __all__ = ["passes"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as oir
 
 from optc.passes.fuse.bias import attributes_of, copied
+from optc.passes.integer.parameters import EIGHT_BITS, Quantized, dequantized, read
 from optc.passes.match import constant, input_or_none, int_attribute, rank, static_shape, used_once
-from optc.passes.quantize.parameters import EIGHT_BITS, Quantized, dequantized, read
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule
 
 DEEPEST = 1 << 16
