@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import onnx_ir as oir
 
 from optc.errors import InvalidModelError, MissingDependencyError, UnsupportedModelError, UsageError
+from optc.frontend.factory import resolve
 from optc.frontend.onnx import load
 from optc.ir import provenance
 
@@ -88,16 +87,7 @@ def _load_program(torch: Any, path: Path) -> Any:
 
 
 def _factory(text: str) -> tuple[Any, Any, Any]:
-    module_name, _, attribute = text.partition(":")
-    with _importable_folder(Path.cwd()):
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ImportError as error:
-            raise UsageError(f"{text}: cannot import {module_name}: {error}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UsageError(f"{text}: {module_name} has no '{attribute}'")
-        found = getattr(found, part)
+    found = resolve(text)
     result = found() if callable(found) else found
     parts = result if isinstance(result, tuple) else (result,)
     if not 1 <= len(parts) <= 3:
@@ -106,16 +96,6 @@ def _factory(text: str) -> tuple[Any, Any, Any]:
         )
     module, inputs, shapes = (*parts, None, None)[:3]
     return module, inputs, shapes
-
-
-@contextlib.contextmanager
-def _importable_folder(folder: Path) -> Iterator[None]:
-    """Let imports find modules in ``folder``, as ``python -m`` would."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 @contextlib.contextmanager

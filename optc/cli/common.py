@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import numpy as np
 
+from optc.array_files import load_array, load_npz
 from optc.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def print_json(data: Any) -> None:
 def read_inputs(texts: Sequence[str], specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
     """Turn ``name=FILE``, ``FILE`` (one input, or an .npz by names) and ``random[:seed]`` into arrays.
 
-    Files: .npy, .npz, and .png/.jpg for image inputs (see ``read_image``). ``random`` fills every input that is
+    Files: .npy, .npz, and .png/.jpg for image inputs (see ``optc.array_files``). ``random`` fills every input that is
     not given. Raises InputError naming the file or the input.
     """
     names = [spec.name for spec in specs]
@@ -88,16 +89,16 @@ def read_inputs(texts: Sequence[str], specs: Sequence[TensorSpec]) -> dict[str, 
         if not name and (text == "random" or text.startswith("random:")):
             seed = _seed(text)
         elif not name and text.endswith(".npz"):
-            arrays.update(_load_npz(Path(text)))
+            arrays.update(load_npz(Path(text)))
         elif not name and len(specs) == 1:
-            arrays[names[0]] = _load(Path(value), specs[0])
+            arrays[names[0]] = load_array(Path(value), specs[0])
         elif name not in names:
             what = f"unknown input '{name}'" if name else f"'{text}' does not say which input it is for"
             raise InputError(what, hint=f"inputs: {', '.join(map(str, specs))}; write NAME=FILE")
         elif value == "random" or value.startswith("random:"):
             arrays[name] = _random([s for s in specs if s.name == name], _seed(value))[name]
         else:
-            arrays[name] = _load(Path(value), specs[names.index(name)])
+            arrays[name] = load_array(Path(value), specs[names.index(name)])
     if seed is not None:
         arrays = {**_random(specs, seed), **arrays}
     return arrays
@@ -115,67 +116,6 @@ def _random(specs: Sequence[TensorSpec], seed: int) -> dict[str, np.ndarray]:
     from optc.sample import random_inputs
 
     return random_inputs(specs, seed=seed)
-
-
-def _load(path: Path, spec: TensorSpec) -> np.ndarray:
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-        return read_image(path, spec)
-    if path.suffix == ".npz":
-        content = _load_npz(path)
-        if spec.name in content:
-            return content[spec.name]
-        raise InputError(f"{path} holds no array '{spec.name}', but {', '.join(content)}")
-    if path.suffix != ".npy":
-        raise InputError(f"{path}: cannot read '{path.suffix}' files", hint="use .npy, .npz, .png or .jpg")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    assert isinstance(array, np.ndarray)
-    return array
-
-
-def _load_npz(path: Path) -> Mapping[str, np.ndarray]:
-    import zipfile
-
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-
-
-def read_image(path: Path, spec: TensorSpec) -> np.ndarray:
-    """Read an image as ``[1, C, H, W]`` or ``[1, H, W, C]``, as the input's shape says.
-
-    C is 1 (gray) or 3 (RGB); the image is resized to fixed H and W; values are 0..255 for integer inputs and
-    0..1 for float inputs. Models that want another normalization need an .npy file.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if len(spec.shape) != 4:
-        raise InputError(f"input {spec} is not an image batch of rank 4; {path} cannot be used")
-    channels_first = spec.shape[1] in (1, 3)
-    if not channels_first and spec.shape[3] not in (1, 3):
-        raise InputError(f"input {spec} has neither 1 nor 3 channels; {path} cannot be used")
-    channels = spec.shape[1] if channels_first else spec.shape[3]
-    height, width = spec.shape[2:] if channels_first else spec.shape[1:3]
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"cannot read the image {path}: {error}") from error
-    size = (
-        width if isinstance(width, int) else image.width,
-        height if isinstance(height, int) else image.height,
-    )
-    array = np.asarray(image.resize(size) if size != image.size else image)
-    array = array.reshape(array.shape[0], array.shape[1], int(channels))
-    if spec.dtype.startswith("float"):
-        array = (array / 255.0).astype(spec.dtype)
-    else:
-        array = array.astype(spec.dtype)
-    return np.ascontiguousarray(array.transpose(2, 0, 1) if channels_first else array)[None]
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -1,0 +1,1 @@
+"""Smaller models within a stated accuracy: calibration data, evaluation, search. The rewrites are passes."""
