@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -88,13 +87,12 @@ class Search:
         moved = features({**own, **candidate.given}, {**own, **self.task.variants[0].layout})
         return Point(self.task.key, moved, min(prior, 4.0))
 
-    def propose(self, count: int, busy: Iterable[Candidate] = ()) -> list[tuple[float, Candidate]]:
+    def propose(self, count: int) -> list[tuple[float, Candidate]]:
         """Return the candidates that promise most, with the expected decrease of the logarithm of the time."""
         if not self._ranked:
             self._rank()
-        taken = set(busy)
         self._ranked = [entry for entry in self._ranked if entry[1] not in self.tried]
-        return [entry for entry in self._ranked if entry[1] not in taken][:count]
+        return self._ranked[:count]
 
     def learn(self, candidate: Candidate, ratio: float, knobs: Mapping[str, Knob] | None = None) -> None:
         """Take note of a result, and of decisions that this candidate led to."""
@@ -146,9 +144,3 @@ def candidate_of(task: Task, decisions: Mapping[str, int]) -> Candidate | None:
             own = {**variant.space.decisions, **variant.layout}
             return Candidate(i, tuple(sorted((k, v) for k, v in decisions.items() if own.get(k) != v)))
     return None
-
-
-def text(decisions: Mapping[str, int], defaults: Mapping[str, int]) -> str:
-    """Return what decisions change, for people."""
-    changed = {k: v for k, v in sorted(decisions.items()) if defaults.get(k) != v}
-    return ", ".join(f"{k}={v}" for k, v in changed.items()) or json.dumps("untuned")

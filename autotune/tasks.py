@@ -83,6 +83,14 @@ class Task:
         return self.workload.key
 
 
+@dataclass(frozen=True)
+class _Call:
+    """How a kernel is called: how many arguments it gets, and the arrays of those that are weights."""
+
+    arguments: int
+    weights: dict[int, np.ndarray]
+
+
 @dataclass
 class _Forced:
     """Answers lowering with one layout."""
@@ -106,10 +114,11 @@ def extract(model: oir.Model, target: Target, without: Collection[str] = ()) -> 
         if given and not any(_answers(task, given) for task in tasks.values()):
             continue
         module, lowered = CpuBackend(target, without=without, tuning=_Forced(given)).fuse(model.clone())
-        weights = _arguments(module, lowered)
+        calls = _first_calls(module, lowered)
         for var, function in sorted(module.functions.items(), key=lambda item: str(item[0].name_hint)):
-            if isinstance(function, tirx.PrimFunc):
-                _add(tasks, str(var.name_hint), function, weights.get(str(var.name_hint), {}), target, first=not given)
+            name = str(var.name_hint)
+            if isinstance(function, tirx.PrimFunc) and name in calls:
+                _add(tasks, name, function, calls[name], target, first=not given)
     return [task for task in tasks.values() if any(v.space.knobs for v in task.variants) or len(task.variants) > 1]
 
 
@@ -118,9 +127,7 @@ def _answers(task: Task, given: Mapping[str, int]) -> bool:
     return any(name in task.workload.layout and task.workload.layout[name] != value for name, value in given.items())
 
 
-def _add(
-    tasks: dict[str, Task], name: str, function: Any, weights: dict[int, np.ndarray], target: Target, *, first: bool
-) -> None:
+def _add(tasks: dict[str, Task], name: str, function: Any, call: _Call, target: Target, *, first: bool) -> None:
     workload = workload_of(function)
     if not workload.fixed or not all(str(getattr(p.ty, "dtype", "")) in _DTYPES for p in function.params):
         return
@@ -139,8 +146,7 @@ def _add(
         return
     with deciding({}) as space:
         _, template, _ = schedule_kernel(function, target)
-    outputs = len(function.params) - weights.pop(-1)[0] if -1 in weights else 1
-    variant = Variant(workload, function, weights, int(outputs), template, space)
+    variant = Variant(workload, function, call.weights, len(function.params) - call.arguments, template, space)
     if task is not None:
         task.variants.append(variant)
         return
@@ -148,12 +154,9 @@ def _add(
     tasks[workload.key] = Task([name], [variant], asked.operations if asked else 0)
 
 
-def _arguments(module: Any, lowered: Any) -> dict[str, dict[int, np.ndarray]]:
-    """Return the arrays of weights by kernel and number of the parameter, as at its first call.
-
-    Under the number -1 is how many arguments the kernel gets: the other parameters are outputs.
-    """
-    found: dict[str, dict[int, np.ndarray]] = {}
+def _first_calls(module: Any, lowered: Any) -> dict[str, _Call]:
+    """Return the first call of each kernel; parameters of the kernel beyond its arguments are outputs."""
+    found: dict[str, _Call] = {}
     for function in module.functions.values():
         if not isinstance(function, relax.Function):
             continue
@@ -163,13 +166,13 @@ def _arguments(module: Any, lowered: Any) -> dict[str, dict[int, np.ndarray]]:
             arrays = dict(zip(own, lowered.weights.values(), strict=True))
         for call in _calls(function.body):
             arguments = list(call.args[1].fields)
-            kernel = {-1: np.array([len(arguments)])}
+            weights = {}
             for i, argument in enumerate(arguments):
                 if isinstance(argument, tvm.ir.GenericConst):
-                    kernel[i] = argument.value.numpy()
+                    weights[i] = argument.value.numpy()
                 elif argument in arrays:
-                    kernel[i] = arrays[argument]
-            found.setdefault(str(call.args[0].name_hint), kernel)
+                    weights[i] = arrays[argument]
+            found.setdefault(str(call.args[0].name_hint), _Call(len(arguments), weights))
     return found
 
 

@@ -224,7 +224,7 @@ class Tuner:
         return Record(
             workload=variant.workload,
             template=variant.template,
-            template_version=VERSIONS.get(variant.template, 0),
+            template_version=VERSIONS[variant.template],
             decisions={**variant.space.decisions, **variant.layout, **candidate.given},
             defaults={**zero.space.decisions, **zero.layout},
             machine=self.machine,

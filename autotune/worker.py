@@ -146,12 +146,6 @@ class Worker:
         noise = median(abs(s - base) for s in samples[0]) / base
         return {"seconds": samples[1], "baseline": samples[0], "noise": noise}
 
-    def forget(self, task: str) -> dict[str, Any]:
-        """Drop what belongs to a task."""
-        self.loaded = {key: value for key, value in self.loaded.items() if key[0] != task}
-        self.baseline.pop(task, None)
-        return {}
-
     def _build(self, loaded: Loaded, decisions: Mapping[str, int]) -> tuple[Any, dict[str, Any], dict[str, int]]:
         from optc.backends.cpu.single import compile_kernel
         from optc.backends.kernels.decisions import deciding

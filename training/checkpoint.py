@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise CheckpointError(f"cannot read {path}: {_innermost(error)}") from error
 
 
-def load_weights(path: Path, module: torch.nn.Module, canonical: Callable[[str], str] = lambda name: name) -> None:
+def load_weights(path: Path, module: torch.nn.Module) -> None:
     """Read the weights of a checkpoint into ``module``, merged from all stages; needs no process group."""
     state = module.state_dict(keep_vars=True)
     first: dict[int, str] = {}

@@ -130,17 +130,12 @@ def join(pp: int, dp: int, timeout: float = DEFAULT_TIMEOUT) -> World:
 
 
 def _group_of(rank: int, lists: list[list[int]], timeout: float) -> Any:
-    """Create a group for every list of ranks, in the same order on all of them; return the one with ``rank``."""
-    mine = None
-    for ranks in lists:
-        if len(ranks) > 1:
-            group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
-            mine = group if rank in ranks else mine
-    return mine
+    """Create a group for every list of ranks, of which one has ``rank``; return that, None where it is alone."""
+    return next(iter(groups_of(rank, lists, timeout).values()), None)
 
 
 def groups_of(rank: int, lists: list[list[int]], timeout: float) -> dict[tuple[int, ...], Any]:
-    """Create a group for every list of several ranks; return those that ``rank`` is in."""
+    """Create a group for every list of several ranks, in the same order on all; return those that ``rank`` is in."""
     mine = {}
     for ranks in lists:
         if len(ranks) > 1:

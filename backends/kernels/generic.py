@@ -21,20 +21,22 @@ from optc.backends.kernels import turned
 from optc.backends.kernels.loops import uses
 from optc.backends.kernels.work import expensive
 
+GENERIC, TURNED, SERIAL = RULES = ("generic", "turned", "serial")
+"""The names of the rules: the one above, transpositions in squares, loops that are left as they are."""
 _SPATIAL, _REDUCTION = 0, 2
 
 
 def schedule(function: Any, target: Target, parallel: bool) -> tuple[Any, str]:
-    """Return ``function`` scheduled and the name of the rule: "turned", "generic", or "serial" for opaque loops."""
+    """Return ``function`` scheduled and the name of the rule that did it, one of ``RULES``."""
     sch = s_tir.Schedule(function, enable_check=False, error_render_level="none")
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     if not blocks or not all(_regular(sch, block) for block in blocks):
-        return function, "serial"
+        return function, SERIAL
     blocks = _inline(sch, blocks)
     if len(blocks) == 1:
         scheduled = turned.schedule(function, sch.get(blocks[0]), target, parallel)
         if scheduled is not None:
-            return scheduled, "turned"
+            return scheduled, TURNED
     lanes = _lanes(sch, blocks, target)
     shared = _share_rows(sch, blocks, lanes)
     if shared is not None:
@@ -44,7 +46,7 @@ def schedule(function: Any, target: Target, parallel: bool) -> tuple[Any, str]:
     else:
         for block in blocks:
             _schedule_alone(sch, block, lanes, parallel)
-    return sch.mod["main"], "generic"
+    return sch.mod["main"], GENERIC
 
 
 def _regular(sch: Any, block: Any) -> bool:

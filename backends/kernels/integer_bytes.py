@@ -25,6 +25,7 @@ The result is exact for all data; if all of it is large, the second loop is as l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ from tvm import tirx
 from optc.backends.base import Target
 from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Fused
-from optc.backends.kernels.integer_contraction import QUAD
+from optc.backends.kernels.integer_contraction import PAIR, QUAD
 from optc.backends.kernels.integer_dot import choose_bytes, put, vector_at
 from optc.backends.kernels.integer_form import Form
 from optc.backends.kernels.integer_product import Product, Width
@@ -90,6 +91,18 @@ def choose(target: Target, element: str, zero: int | None, channels: int, packed
     if chosen.first and (packed.shape[-3] * QUAD < _LEAST_DEPTH or packed.min() < -127):
         return None
     return chosen
+
+
+def pack(
+    target: Target, element: str, zero: int | None, channels: int, make: Callable[[int], np.ndarray]
+) -> tuple[np.ndarray, dict[str, list[int]]]:
+    """Return columns as ``make`` packs them by fours or by twos, as ``choose`` decides, and the block's annotations."""
+    if choose_bytes(target) is not None:
+        quads = make(QUAD)
+        chosen = choose(target, element, zero, channels, quads)
+        if chosen is not None:
+            return quads, chosen.notes()
+    return make(PAIR), {}
 
 
 def exact_limit(packed: np.ndarray) -> int:

@@ -12,6 +12,7 @@ from optc.backends.kernels import (
     contraction,
     contraction_schedule,
     few_rows,
+    generic,
     integer_contraction,
     integer_depthwise,
     integer_depthwise_schedule,
@@ -28,15 +29,17 @@ ScheduleFunction = Callable[[Any, Target], Any]
 
 
 VERSIONS = {
-    "generic": 1,
+    **dict.fromkeys(generic.RULES, 1),
     attention.TEMPLATE: 1,
     contraction.TEMPLATE: 1,
     integer_contraction.TEMPLATE: 1,
+    integer_depthwise.TEMPLATE: 1,
+    weight_only.TEMPLATE: 1,
     window.TEMPLATE: 1,
     winograd.TEMPLATE: 1,
 }
-"""Counts changes of a template after which older tuning records no longer hold: decisions mean something else, or the
-untuned kernel, which they are relative to, has become another one."""
+"""Counts changes of each template and rule after which older tuning records no longer hold: decisions mean something
+else, or the untuned kernel, which they are relative to, has become another one."""
 
 
 def _contraction(function: Any, target: Target) -> Any:

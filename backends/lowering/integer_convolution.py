@@ -91,16 +91,13 @@ def _product(
     def pack(group: int) -> np.ndarray:
         return np.stack([integer_contraction.pack_filters(filters, dilations, group) for filters in split])
 
-    packed, notes = pack(integer_contraction.QUAD), {}
-    as_bytes = integer_bytes.choose(site.target, str(x.ty.dtype), known_zero(site, zero), weights.shape[1], packed)
+    channels = weights.shape[1]
     fixed = all(isinstance(size, int) for size in geometry.out)
-    maps_of_group = maps // groups
-    if fixed and integer_winograd.suits(kernel, strides, dilations, weights.shape[1], maps_of_group):
-        as_bytes = None
-    if as_bytes is None:
-        packed = pack(integer_contraction.PAIR)
+    if fixed and integer_winograd.suits(kernel, strides, dilations, channels, maps // groups):
+        packed, notes = pack(integer_contraction.PAIR), dict[str, list[int]]()
     else:
-        notes = as_bytes.notes()
+        number = known_zero(site, zero)
+        packed, notes = integer_bytes.pack(site.target, str(x.ty.dtype), number, channels, pack)
     w = site.weight(packed, "packed")
     subtract, points = zero_point(site, zero, None)
     bias = [] if bias_at is None else [site.tensor(bias_at)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -101,10 +102,9 @@ def _constant_columns(site: Site, at: int, zero: int) -> np.ndarray | None:
 def _packed(
     site: Site, a: Any, matrix: np.ndarray, number: int | None, zero: Callable[..., Any], points: list[Any]
 ) -> Any:
-    quads = integer_contraction.pack_columns(matrix, integer_contraction.QUAD)
-    as_bytes = integer_bytes.choose(site.target, str(a.ty.dtype), number, matrix.shape[0], quads)
-    weight = site.weight(quads if as_bytes else integer_contraction.pack_columns(matrix), "packed")
-    notes = as_bytes.notes() if as_bytes else {}
+    pack = partial(integer_contraction.pack_columns, matrix)
+    packed, notes = integer_bytes.pack(site.target, str(a.ty.dtype), number, matrix.shape[0], pack)
+    weight = site.weight(packed, "packed")
     a = site.check_equal(a, [*shape_of(a)[:-1], matrix.shape[0]])
     n = matrix.shape[1]
 

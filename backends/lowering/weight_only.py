@@ -10,6 +10,7 @@ import numpy as np
 
 from optc.backends.kernels import few_rows, register_tile, weight_only, weight_only_rows
 from optc.backends.kernels.fused import bits
+from optc.backends.kernels.loops import product, static
 from optc.backends.lowering.emit import shape_of
 from optc.backends.lowering.known import Dequantized
 from optc.backends.lowering.site import Site
@@ -79,9 +80,7 @@ def _matrix(constant: Dequantized, transposed: bool) -> tuple[np.ndarray, np.nda
 def _width(site: Site, a: Any, depth: int, columns: int) -> int:
     """Return how many columns make a panel."""
     lanes = site.target.lanes(bits("float32"))
-    rows = 1
-    for size in shape_of(a)[:-1]:
-        rows = rows * size if isinstance(size, int) and rows is not None else None  # type: ignore[assignment]
+    rows = static(product(shape_of(a)[:-1]))
     if rows is not None and rows <= weight_only_rows.most_rows(site.target):
         return few_rows.VECTORS * lanes
     return lanes * register_tile.tile_vectors(rows, depth, columns, lanes, site.target)

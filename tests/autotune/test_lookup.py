@@ -14,6 +14,8 @@ from optc.autotune.lookup import ANALYTIC, EXACT, NEAREST, Lookup, answer_key, r
 from optc.autotune.machine import machine_of
 from optc.autotune.record import KEPT, MODEL, parse
 from optc.backends.cpu.target import resolve
+from optc.backends.kernels import generic
+from optc.backends.kernels.templates import TEMPLATES, VERSIONS
 from optc.backends.kernels.workload import Workload
 
 MACHINE = machine_of(resolve("x86-64-v3"), 2)
@@ -49,6 +51,13 @@ def test_the_untuned_kernel_is_candidate_zero(record):
 def test_repeated_measurements_are_judged_by_their_median(record):
     lucky = [record(0.5, {"unroll": 4}), record(1.1, {"unroll": 4}), record(1.2, {"unroll": 4})]
     assert served([*lucky, record(0.95, {"unroll": 2})]).decisions["unroll"] == 2
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, *generic.RULES])
+def test_records_of_every_template_and_rule_are_served(record, template):
+    one = replace(record(0.8), template=template, template_version=VERSIONS[template])
+    assert refusal(one, MACHINE) is None
+    assert served([one]).source == EXACT
 
 
 @pytest.mark.parametrize("state", ["crash", "timeout", "memory", "wrong", "error"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from optc.autotune.model import CostModel, Point, features, improvement
-from optc.autotune.search import Candidate, Search, candidate_of, text
+from optc.autotune.search import Candidate, Search, candidate_of
 from optc.backends.kernels.decisions import Knob, Space
 from optc.backends.kernels.workload import Workload
 
@@ -120,5 +120,3 @@ def test_recorded_decisions_are_found_again():
     one = task()
     assert candidate_of(one, {"rows": 4, "unroll": 2, "vectors": 3}) == Candidate(1, (("unroll", 2),))
     assert candidate_of(one, {"rows": 4, "unroll": 1, "vectors": 4}) is None
-    assert text({"rows": 4, "unroll": 2}, {"rows": 4, "unroll": 1}) == "unroll=2"
-    assert "untuned" in text({}, {})

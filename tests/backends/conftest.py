@@ -15,19 +15,11 @@ from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
 from optc.backends.cpu.build import CpuBackend, generate
+from optc.backends.cpu.single import aligned
 from optc.backends.cpu.target import resolve
 from optc.frontend.onnx import load
 
 Run = Callable[..., list[np.ndarray]]
-
-
-def _aligned(array: np.ndarray) -> tvm.runtime.Tensor:
-    array = np.asarray(array)
-    buffer = np.zeros(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return tvm.runtime.tensor(view)
 
 
 @pytest.fixture(scope="session")
@@ -39,10 +31,10 @@ def compile_model() -> Callable[..., Run]:
         module = CpuBackend(target).schedule(load(model))
         machine = relax.VirtualMachine(generate(module.relax, target).executable, tvm.cpu())
         no_clock = tvm.runtime.tensor(np.zeros(0, np.int64))
-        weights = [_aligned(w) for w in module.lowered.weights.values()]
+        weights = [aligned(w) for w in module.lowered.weights.values()]
 
         def run(*inputs: np.ndarray) -> list[np.ndarray]:
-            return [r.numpy() for r in machine["main"](*map(_aligned, inputs), *weights, no_clock)]
+            return [r.numpy() for r in machine["main"](*(aligned(np.asarray(x)) for x in inputs), *weights, no_clock)]
 
         return run
 

@@ -9,6 +9,7 @@ from onnx import helper
 from tvm import te, tirx
 
 from optc.backends.cpu.build import CpuBackend, generate
+from optc.backends.cpu.single import aligned
 from optc.backends.cpu.target import resolve
 from optc.backends.kernels import vector_math
 from optc.backends.kernels.attention_schedule import column_tiles
@@ -16,14 +17,6 @@ from optc.backends.kernels.transpose import transpose
 from optc.frontend.onnx import load
 
 F = np.float32
-
-
-def aligned(array):
-    buffer = np.zeros(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return tvm.runtime.tensor(view)
 
 
 def data(rng, *shape, dtype=F):

@@ -10,6 +10,7 @@ import tvm
 from tvm import te, tirx
 
 from optc.backends.base import Target
+from optc.backends.cpu.single import aligned
 from optc.backends.kernels import contraction, contraction_schedule, convolution, window
 from optc.backends.kernels.fused import take_apart
 
@@ -22,14 +23,6 @@ TARGETS = {
 
 def data(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(F)
-
-
-def aligned(array):
-    buffer = np.zeros(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return tvm.runtime.tensor(view)
 
 
 def call(function, *arrays):

@@ -12,6 +12,7 @@ import tvm
 from tvm import relax
 
 from optc.backends.cpu.build import CpuBackend, generate
+from optc.backends.cpu.single import aligned
 from optc.backends.cpu.target import resolve
 from optc.backends.kernels import schedule
 from optc.backends.kernels.decisions import IllegalDecisionError, counts, decide, deciding
@@ -54,14 +55,6 @@ class Forced:
             if space
             else {}
         )
-
-
-def aligned(array):
-    buffer = np.zeros(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return tvm.runtime.tensor(view)
 
 
 def build(model, tuning):

@@ -7,6 +7,7 @@ import pytest
 import tvm
 from tvm import te, tirx
 
+from optc.backends.cpu.single import aligned
 from optc.backends.cpu.target import resolve, to_tvm
 from optc.backends.kernels import contraction, few_rows
 
@@ -15,14 +16,6 @@ F = np.float32
 
 def data(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(F)
-
-
-def aligned(array):
-    buffer = np.zeros(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return tvm.runtime.tensor(view)
 
 
 def function(rows, k, n, dtype="float32", epilogue=lambda acc: acc):

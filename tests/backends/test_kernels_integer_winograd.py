@@ -7,19 +7,12 @@ import pytest
 import tvm
 from tvm import te
 
+from optc.backends.cpu.single import aligned
 from optc.backends.cpu.target import resolve, to_tvm
 from optc.backends.kernels import integer_contraction, integer_schedule, integer_winograd
 from optc.backends.kernels.fused import Reader, take_apart
 from optc.backends.kernels.integer_form import WIDE
 from optc.backends.kernels.integer_rows import WindowRows
-
-
-def aligned(array):
-    buffer = np.zeros(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return tvm.runtime.tensor(view)
 
 
 def function(shape, packed, maps, zero, magnitude):

@@ -8,19 +8,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tvm import te
 
+from optc.backends.cpu.single import aligned
 from optc.backends.cpu.target import resolve, to_tvm
 from optc.backends.kernels import weight_only, weight_only_schedule
 
 F = np.float32
 RUNS_HERE = ["x86-64-v2", "x86-64-v3", "x86-64-v3:l1=4K,l2=16K"]
-
-
-def aligned(array):
-    buffer = np.zeros(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return tvm.runtime.tensor(view)
 
 
 class Problem:
