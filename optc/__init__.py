@@ -19,16 +19,18 @@ _HOME = {
     "optimize": "optc.driver",
     "check": "optc.driver",
     "capture": "optc.source",
+    "prune": "optc.compression.prune",
     "load": "optc.runtime",
     "Model": "optc.runtime",
     "Artifact": "optc.backends.artifact",
     "OptcError": "optc.errors",
 }
 
-__all__ = ["Artifact", "Model", "OptcError", "capture", "check", "compile", "load", "optimize"]
+__all__ = ["Artifact", "Model", "OptcError", "capture", "check", "compile", "load", "optimize", "prune"]
 
 if TYPE_CHECKING:
     from optc.backends.artifact import Artifact
+    from optc.compression.prune import prune
     from optc.driver import check, compile, optimize
     from optc.errors import OptcError
     from optc.runtime import Model, load

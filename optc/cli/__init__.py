@@ -21,6 +21,7 @@ VERBS = {
     "inspect": "Show what is inside a model or an artifact.",
     "check": "List everything in a model that is not supported, without compiling.",
     "optimize": "Run the graph passes only; writes portable ONNX.",
+    "prune": "Remove channels, neurons and heads; writes smaller portable ONNX.",
     "split": "Split a PyTorch model into balanced pipeline stages.",
     "plan": "Plan how to train a PyTorch model on several devices.",
     "train": "Train a PyTorch model on several devices.",

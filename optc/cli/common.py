@@ -38,6 +38,20 @@ class Duration(click.ParamType[float]):
         return float(found[1]) * _UNITS[found[2] or "s"]
 
 
+class Share(click.ParamType[float]):
+    """A share of a whole, written like ``50%`` or ``0.5``; the range is its user's business."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the share as a number."""
+        text = str(value)
+        try:
+            return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"'{value}' is no share; write 50% or 0.5", param, ctx)
+
+
 def capture_options(command: Command) -> Command:
     """Add the options that fix a model's inputs."""
     for option in (

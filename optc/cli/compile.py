@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from optc.cli.common import Duration, capture_arguments, capture_options, json_option, print_json
+from optc.cli.common import Duration, Share, capture_arguments, capture_options, json_option, print_json
 from optc.config import DEFAULT_NAME, CompileConfig, read, write
 from optc.errors import UsageError
 
@@ -32,6 +32,7 @@ from optc.errors import UsageError
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Weights of a training run, for package.module:factory."
 )
+@click.option("--prune", type=Share(), help="First remove this share of channels, neurons and heads; see `optc prune`.")
 @click.option("--config", type=click.Path(path_type=Path), help=f"Read options from a file like {DEFAULT_NAME}.")
 @click.option("--save-config", type=click.Path(path_type=Path), help="Write these options to a new file.")
 @json_option
@@ -53,6 +54,7 @@ def command(
     offline: bool,
     require_tuned: bool,
     checkpoint: Path | None,
+    prune: float | None,
     config: Path | None,
     save_config: Path | None,
     as_json: bool,
@@ -67,6 +69,7 @@ def command(
       optc compile model.onnx --log tuning.jsonl --offline --require-tuned
       optc compile model.onnx --tune 5m
       optc compile mypackage.train:recipe --checkpoint run -o model.optc
+      optc compile model.onnx --prune 50%
       optc compile --config optc.toml
 
     Without MODEL and --config, ./optc.toml is read if it exists.
@@ -87,6 +90,8 @@ def command(
         raise UsageError(f"the folder of {destination} does not exist")
     if tune is not None and settings.offline:
         raise UsageError("--tune measures, --offline never does")
+    if tune is not None and prune is not None:
+        raise UsageError("--tune cannot tune for --prune", hint="write the pruned model with `optc prune` first")
     if tune is not None and checkpoint is not None:
         raise UsageError("--tune cannot tune for a --checkpoint", hint="tune the model first, then give the --log")
     if tune is None and settings.log is None and (settings.require_tuned or settings.threads):
@@ -97,7 +102,7 @@ def command(
         if tune is not None:
             settings.log = settings.log or str(Path(folder) / "tuning.jsonl")
             _tune(settings, tune)
-        _compile(settings, checkpoint, destination, print_ir_after, dump_ir, verify_ir, as_json)
+        _compile(settings, checkpoint, prune, destination, print_ir_after, dump_ir, verify_ir, as_json)
 
 
 def _settings(config: Path | None, model: str | None) -> CompileConfig:
@@ -132,6 +137,7 @@ def _default_output(model: str) -> str:
 def _compile(
     settings: CompileConfig,
     checkpoint: Path | None,
+    prune: float | None,
     destination: Path,
     print_ir_after: tuple[str, ...],
     dump_ir: Path | None,
@@ -147,12 +153,19 @@ def _compile(
     with console.status("starting") as status:
         trace = Trace(progress=lambda stage: status.update(f"[bold]{stage}[/] {settings.model}"))
         model, inputs = (settings.model, None) if checkpoint is None else _trained(settings, checkpoint)
+        pruning: dict[str, Any] = {}
+        if prune is not None:
+            from optc.compression.prune import prune as smaller
+
+            captured: dict[str, Any] = {"input_shapes": settings.input_shapes, "dims": settings.dims}
+            pruned = smaller(model, inputs, structured=prune, verify=settings.verify, trace=trace, **captured)
+            model, inputs, pruning = pruned.model, None, {"pruning": pruned.report}
         artifact = compile(
             model,
             inputs,
             target=settings.target,
-            input_shapes=settings.input_shapes,
-            dims=settings.dims,
+            input_shapes={} if pruning else settings.input_shapes,
+            dims={} if pruning else settings.dims,
             verify=settings.verify,
             tolerance=settings.tolerance,
             disable_passes=settings.disable_passes,
@@ -160,6 +173,7 @@ def _compile(
             tuning=_tuning(settings),
             trace=trace,
         )
+        artifact = artifact.with_report(artifact.report | pruning)
         status.update("writing")
         artifact.save(destination)
     summary = {
