@@ -18,6 +18,7 @@ _HOME = {
     "compile": "optc.driver",
     "optimize": "optc.driver",
     "check": "optc.driver",
+    "quantize": "optc.compression.quantize",
     "capture": "optc.source",
     "prune": "optc.compression.prune",
     "load": "optc.runtime",
@@ -26,11 +27,12 @@ _HOME = {
     "OptcError": "optc.errors",
 }
 
-__all__ = ["Artifact", "Model", "OptcError", "capture", "check", "compile", "load", "optimize", "prune"]
+__all__ = ["Artifact", "Model", "OptcError", "capture", "check", "compile", "load", "optimize", "prune", "quantize"]
 
 if TYPE_CHECKING:
     from optc.backends.artifact import Artifact
     from optc.compression.prune import prune
+    from optc.compression.quantize import quantize
     from optc.driver import check, compile, optimize
     from optc.errors import OptcError
     from optc.runtime import Model, load

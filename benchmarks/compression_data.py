@@ -1,0 +1,132 @@
+"""Text for the benchmarks of compression: sentences of Python's own documentation, and lines and pages drawn of it."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cases import CACHE
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+FONTS = tuple(sorted(Path("/usr/share/fonts/truetype").glob("*/*.ttf")))
+"""TrueType fonts of this machine. Pillow's own is always used too."""
+HEIGHT = 48
+"""Pixels of a line that the recognizer takes."""
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Return different sentences of 30 to 160 characters, in an order that the seed decides."""
+    text = re.sub(r"\s+", " ", " ".join(pydoc_data.topics.topics.values()))
+    found = {s.strip() for s in re.findall(r"[A-Z][^.!?|:=*`<>\[\]_]{28,158}[.!?]", text)}
+    order = np.random.default_rng(seed).permutation(sorted(found))
+    if len(order) < count:
+        raise SystemExit(f"there are only {len(order)} sentences, not {count}")
+    return [str(s) for s in order[:count]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A drawn line of text: the recognizer's input ``[1, 3, 48, W]``, and what it says."""
+
+    pixels: np.ndarray
+    text: str
+
+
+def lines(count: int, seed: int) -> list[Line]:
+    """Return lines of 8 to 28 characters in several fonts, sizes and inks, with noise and blur."""
+    random = np.random.default_rng(seed)
+    words = " ".join(sentences(600, 0)).split()
+    found = []
+    while len(found) < count:
+        start = int(random.integers(len(words) - 6))
+        text = " ".join(words[start : start + int(random.integers(1, 6))])[:28].strip()
+        if len(text) >= 8:
+            found.append(Line(_normalized(_draw(text, random)), text))
+    return found
+
+
+def _font(random: np.random.Generator, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    number = int(random.integers(len(FONTS) + 1))
+    return ImageFont.load_default(size) if number == len(FONTS) else ImageFont.truetype(str(FONTS[number]), size)
+
+
+def _draw(text: str, random: np.random.Generator) -> Image.Image:
+    font = _font(random, int(random.integers(14, 40)))
+    left, top, right, bottom = font.getbbox(text)
+    margin = int(random.integers(2, 8))
+    paper, ink = int(random.integers(190, 256)), int(random.integers(0, 90))
+    size = (int(right - left) + 2 * margin + 4, int(bottom - top) + 2 * margin)
+    image = Image.new("RGB", size, (paper, paper, max(paper - 12, 0)))
+    ImageDraw.Draw(image).text((margin + 2 - left, margin - top), text, fill=(ink, ink, ink), font=font)
+    return _worn(image, random)
+
+
+def _worn(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    """Blur a third of the images a little, and put noise on all of them."""
+    if random.random() < 0.33:
+        image = image.filter(ImageFilter.GaussianBlur(float(random.uniform(0.3, 0.8))))
+    pixels = np.asarray(image, np.float32)
+    noisy = pixels + random.normal(0, float(random.uniform(0, 18)), pixels.shape)
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+def _normalized(image: Image.Image) -> np.ndarray:
+    width = max(HEIGHT, round(image.width * HEIGHT / image.height))
+    pixels = np.asarray(image.resize((width, HEIGHT), Image.Resampling.BILINEAR), np.float32)[:, :, ::-1]
+    return np.ascontiguousarray((pixels / 127.5 - 1.0).transpose(2, 0, 1))[None]
+
+
+def pages(count: int, seed: int, size: int = 320) -> list[np.ndarray]:
+    """Return inputs of the detector ``[1, 3, size, size]``: lines of text strewn over a page."""
+    random = np.random.default_rng(seed)
+    words = " ".join(sentences(600, 0)).split()
+    found = []
+    for _ in range(count):
+        paper = int(random.integers(180, 256))
+        page = Image.new("RGB", (size, size), (paper, paper, paper))
+        top = int(random.integers(4, 30))
+        while top < size - 40:
+            start = int(random.integers(len(words) - 6))
+            text = " ".join(words[start : start + int(random.integers(1, 5))])[:24]
+            font = _font(random, int(random.integers(12, 32)))
+            ink = int(random.integers(0, 90))
+            ImageDraw.Draw(page).text((int(random.integers(2, 60)), top), text, fill=(ink, ink, ink), font=font)
+            top += int(random.integers(34, 70))
+        pixels = np.asarray(_worn(page, random), np.float32)[:, :, ::-1] / 255
+        mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        found.append(np.ascontiguousarray(((pixels - mean) / deviation).astype(np.float32).transpose(2, 0, 1))[None])
+    return found
+
+
+def decode(scores: np.ndarray, characters: list[str]) -> str:
+    """Greedy CTC decoding of ``[T, classes]``: best class per step, repeats and blanks (class 0) dropped."""
+    best = scores.argmax(axis=-1)
+    return "".join(characters[c] for i, c in enumerate(best) if c != 0 and (i == 0 or c != best[i - 1]))
+
+
+def edits(a: str, b: str) -> int:
+    """Return the least number of characters to insert, delete or replace (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+def character_accuracy(read: list[str], expected: list[str]) -> float:
+    """Return the share of characters that are right, 1 less edits over characters."""
+    return 1 - sum(map(edits, read, expected)) / sum(map(len, expected))
+
+
+def tokenizer(length: int = 128) -> object:
+    """Return MiniLM's tokenizer, which pads and cuts to ``length`` tokens."""
+    from tokenizers import Tokenizer
+
+    found = Tokenizer.from_file(str(CACHE / "minilm" / "tokenizer.json"))
+    found.enable_padding(length=length)
+    found.enable_truncation(length)
+    return found

@@ -1,0 +1,111 @@
+"""``optc quantize``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from optc.cli.common import capture_arguments, capture_options, json_option, print_json
+from optc.errors import UsageError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def quantization_options(command: Command) -> Command:
+    """Add the options of quantization, which ``optc compile`` has too."""
+    for option in reversed(
+        (
+            click.option(
+                "--calibrate", metavar="DATA", help="Samples: a folder, an .npz file or package.module:function."
+            ),
+            click.option("--samples", type=click.IntRange(1), default=512, help="Take this many samples at most."),
+            click.option("--method", default="mse", help="Ranges: min-max, percentile, entropy or mse (default)."),
+            click.option("--activations", default="uint8", help="uint8 (default), int8, int16 or uint16."),
+            click.option("--symmetric", is_flag=True, help="Zero points in the middle of the type."),
+            click.option("--per-tensor", is_flag=True, help="One scale for all weights of a layer."),
+            click.option("--bits", type=int, default=8, help="Bits of int8 weights: 7 are safe for old CPUs' sums."),
+            click.option("--exclude", multiple=True, metavar="LAYER", help="Leave a layer in float32; repeatable."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def quantization_arguments(kind: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of ``optc.quantize`` for the options above."""
+    from optc.compression.options import Options
+
+    options = Options(
+        kind=kind,
+        method=given["method"],
+        activations=given["activations"],
+        symmetric=given["symmetric"],
+        per_channel=not given["per_tensor"],
+        bits=given["bits"],
+        exclude=frozenset(given["exclude"]),
+    )
+    return {"options": options, "calibrate": given["calibrate"], "limit": given["samples"]}
+
+
+@click.command(name="quantize")
+@click.argument("model")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
+@click.option("--to", "kind", default="int8", help="int8 (default).")
+@quantization_options
+@capture_options
+@json_option
+def command(
+    model: str,
+    output: Path,
+    kind: str,
+    input_shapes: tuple[str, ...],
+    dims: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Quantize MODEL and write portable ONNX, with QuantizeLinear and DequantizeLinear.
+
+    \b
+    Examples:
+      optc quantize model.onnx --calibrate samples/ -o int8.onnx
+      optc quantize model.onnx --calibrate mypackage.data:read --method entropy -o int8.onnx
+    """
+    from rich.console import Console
+
+    from optc.compression.quantize import quantize
+    from optc.ir import serialize
+
+    if output.suffix != ".onnx":
+        raise UsageError(f"{output}: the output of `optc quantize` is an .onnx file")
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder of {output} does not exist")
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        result = quantize(
+            model,
+            progress=lambda text: status.update(f"[bold]{text}[/]"),
+            **quantization_arguments(kind, given),
+            **capture_arguments(input_shapes, dims),
+        )
+        serialize.save(result.model, output)
+    if as_json:
+        print_json({"output": str(output), **result.report})
+        return
+    show(console, str(output), result.report)
+
+
+def show(console: Any, output: str, report: dict[str, Any]) -> None:
+    """Print what was done to each layer."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    sizes = report["weight_bytes"]
+    table = Table(title=f"{output}: weights {sizes['before'] / 1e6:.1f} -> {sizes['after'] / 1e6:.1f} MB")
+    for header in ("layer", "operator", "weights", "to"):
+        table.add_column(header, justify="right" if header == "weights" else "left")
+    for layer in report["layers"]:
+        table.add_row(escape(layer["name"]), layer["operator"], f"{layer['weights']:,}", layer["to"])
+    console.print(table)

@@ -1,0 +1,1 @@
+"""Quantization of float32 models. What executes quantized ones is ``passes/integer``."""

@@ -1,0 +1,91 @@
+"""``optc quantize`` and its twin in Python, from the file to what runs."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+
+import optc
+from optc.cli import main
+from optc.compression.options import Options
+from optc.errors import AccuracyError, UnsupportedModelError, UsageError
+from optc.peers import OnnxRuntime
+
+
+@pytest.fixture(scope="module")
+def quantized(network, rows):
+    return optc.quantize(network, Options(bits=7), calibrate=rows)
+
+
+def test_it_runs_here_and_in_onnxruntime_and_is_close(network, rows, quantized):
+    onnx.checker.check_model(optc.ir.to_proto(quantized.model), full_check=True)
+    inputs = {"x": rows[:4]}
+    (expected,) = OnnxRuntime(optc.capture(network), threads=1).run(inputs).values()
+    (theirs,) = OnnxRuntime(quantized.model, threads=1).run(inputs).values()
+    artifact = optc.compile(quantized.model, inputs=inputs)
+    (ours,) = artifact.model().run(inputs).values()
+    scale = np.abs(expected).max()
+    assert np.abs(theirs - expected).max() < 0.05 * scale
+    assert np.abs(ours - expected).max() < 0.05 * scale
+    # Rounding is that of the standard in both; onnxruntime fuses what lies between two roundings differently.
+    assert np.abs(ours - theirs).max() < 0.02 * scale
+    assert "MatMulInteger" in {n.op_type for n in optc.optimize(quantized.model).graph}
+
+
+def test_the_report_tells_layers_and_sizes(quantized):
+    report = quantized.report
+    assert [layer["to"] for layer in report["layers"]] == ["int8"] * 3
+    assert report["weight_bytes"]["after"] < 0.5 * report["weight_bytes"]["before"]
+
+
+def test_excluded_layers_stay(network, rows, quantized):
+    name = quantized.report["layers"][1]["name"]
+    found = optc.quantize(network, Options(exclude=frozenset({name})), calibrate=rows)
+    assert [layer["to"] for layer in found.report["layers"]] == ["int8", "float32", "int8"]
+    with pytest.raises(UsageError, match="no product is called 'nothing'"):
+        optc.quantize(network, Options(exclude=frozenset({"nothing"})), calibrate=rows)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"kind": "int3"}, {"activations": "float8"}, {"method": "magic"}, {"bits": 9}],
+    ids=lambda w: next(iter(w)),
+)
+def test_options_that_are_not_offered(wrong):
+    with pytest.raises(UsageError):
+        Options(**wrong)
+
+
+def test_calibration_data_is_needed(network):
+    with pytest.raises(UsageError, match="needs calibration data"):
+        optc.quantize(network)
+
+
+def test_nothing_to_quantize(rows):
+    text = '<ir_version: 10, opset_import: ["": 20]> g (float[4,32] x) => (float[4,32] y) { y = Exp(x) }'
+    with pytest.raises(UnsupportedModelError, match="nothing to quantize"):
+        optc.quantize(onnx.parser.parse_model(text), calibrate=rows)
+
+
+def test_a_model_that_breaks_down_in_float32(rows):
+    text = """<ir_version: 10, opset_import: ["": 20]> g (float[4,32] x) => (float[4,32] y) <float[32,32] w>
+    { l = Log(x) y = MatMul(l, w) }"""
+    model = onnx.parser.parse_model(text)
+    del model.graph.initializer[:]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(32, dtype=np.float32), "w"))
+    with pytest.raises(AccuracyError, match=r"sample 0.*no finite"):
+        optc.quantize(model, calibrate=rows)
+
+
+def test_the_command(network, rows, tmp_path, capsys):
+    np.save(tmp_path / "rows.npy", rows)
+    arguments = [str(network), "--calibrate", str(tmp_path / "rows.npy"), "--samples", "4", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", *arguments, "-o", str(tmp_path / "q.onnx"), "--method", "min-max", "--activations", "int8"])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "int8"
+    assert any(node.op_type == "QuantizeLinear" for node in onnx.load(tmp_path / "q.onnx").graph.node)
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", *arguments, "-o", str(tmp_path / "q.optc")])
+    assert ended.value.code == 2
