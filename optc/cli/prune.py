@@ -10,15 +10,20 @@ import click
 from optc.cli.common import Share, capture_arguments, capture_options, json_option, print_json
 from optc.errors import UsageError
 
+IMPORTANCE = ["l1", "l2", "bn", "activation", "taylor"]
+
 
 @click.command(name="prune")
 @click.argument("model")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
 @click.option("--structured", type=Share(), required=True, help="Remove this share of channels, neurons and heads.")
 @click.option("--scope", type=click.Choice(["layer", "global"]), default="layer", help="Rank per layer, or over all.")
-@click.option("--importance", type=click.Choice(["l1", "l2", "bn"]), default="l2", help="What makes a unit important.")
+@click.option("--importance", type=click.Choice(IMPORTANCE), default="l2", help="What makes a unit important.")
 @click.option("--multiple", type=click.IntRange(1), default=8, help="Sizes that are left are multiples of this.")
 @click.option("--layer", "layers", multiple=True, metavar="NAME=SHARE", help="Another share for a weight; repeatable.")
+@click.option("--calibrate", metavar="DATA", help="Samples of the inputs: DIR, .npz, or package.module:function.")
+@click.option("--samples", type=click.IntRange(1), default=128, help="How many samples to use at most.")
+@click.option("--no-recover", is_flag=True, help="Do not fit what is left to the original's activations.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with the masked original.")
 @capture_options
 @json_option
@@ -30,6 +35,9 @@ def command(
     importance: str,
     multiple: int,
     layers: tuple[str, ...],
+    calibrate: str | None,
+    samples: int,
+    no_recover: bool,
     no_verify: bool,
     input_shapes: tuple[str, ...],
     dims: tuple[str, ...],
@@ -38,11 +46,13 @@ def command(
     """Remove what matters least from MODEL and write portable ONNX, with every tensor smaller.
 
     Names in --layer may have wildcards. The result is run beside the original with zeros in place of what was
-    removed, which has to give the same; the accuracy that pruning costs is another matter.
+    removed, which has to give the same; the accuracy that pruning costs is another matter. With --calibrate, which
+    needs no labels, layers are fitted to what the original computes; importance by activation or taylor needs it too.
 
     \b
     Examples:
       optc prune model.onnx --structured 50% -o small.onnx
+      optc prune model.onnx --structured 50% --calibrate images/ -o small.onnx
       optc prune model.onnx --structured 30% --scope global --layer 'stem*=0' -o small.onnx
     """
     from rich.console import Console
@@ -60,6 +70,9 @@ def command(
         result = prune(
             model,
             structured=how,
+            calibrate=calibrate,
+            samples=samples,
+            recover=not no_recover,
             verify=not no_verify,
             trace=Trace(progress=lambda stage: status.update(f"[bold]{stage}[/] {model}")),
             **capture_arguments(input_shapes, dims),
@@ -96,6 +109,10 @@ def _show(console: Any, output: Path, report: dict[str, Any]) -> None:
         before, after = report[name]
         if before:
             console.print(f"{name}: {before:,} -> {after:,} ({after / before:.0%})")
+    for fit in report.get("recovery", ()):
+        console.print(
+            f"fitted: {escape(fit['name'])}: error {fit['before']:.1%} -> {fit['after']:.1%}", highlight=False
+        )
     checked = report.get("verification")
     if checked is not None:
         worst = max((o["relative"] for o in checked["outputs"]), default=0.0)

@@ -10,9 +10,14 @@ import numpy as np
 import onnx_ir as oir
 
 from optc import verification
+from optc.compression import data
+from optc.compression.reconstruct import reconstruct
+from optc.compression.saliency import saliency as measure
 from optc.driver import Trace, specs, verify_artifact
+from optc.errors import UsageError
 from optc.passes import fuse, pipeline
-from optc.passes.prune import structured
+from optc.passes.prune import structured as passes
+from optc.passes.prune.importance import DATA_CRITERIA
 from optc.passes.prune.select import Structured
 from optc.source import capture
 
@@ -33,6 +38,9 @@ def prune(
     example_inputs: Sequence[Any] | None = None,
     *,
     structured: float | Structured,
+    calibrate: Any = None,
+    samples: int = 128,
+    recover: bool = True,
     saliency: Mapping[str, np.ndarray] | None = None,
     input_shapes: Mapping[str, Sequence[int | str]] | None = None,
     dims: Mapping[str, int] | None = None,
@@ -46,18 +54,24 @@ def prune(
         path_or_model: see ``optc.capture``.
         example_inputs: the positional inputs that an ``nn.Module`` is captured with.
         structured: the share that goes, or how to choose what goes.
+        calibrate: samples of the inputs; see ``optc.compression.data.load``. No labels are needed.
+        samples: how many of them to use at most.
+        recover: fit what is left to the original's activations on these samples.
         saliency: how much single weights matter, by the names that the optimized graph has for them.
         input_shapes: fixes whole inputs by name.
         dims: gives named dimensions a size.
         dynamic_shapes: torch.export's, for an ``nn.Module``.
-        verify: run the result on random inputs beside the original whose removed weights are zero, which computes the
-            same; AccuracyError if it differs. It says nothing about the accuracy that pruning costs.
+        verify: before recovery, run the result on random inputs beside the original whose removed weights are zero,
+            which computes the same; AccuracyError if it differs. It says nothing about the accuracy that pruning costs.
         trace: collects timings.
 
     Raises:
-        UsageError, InvalidModelError, UnsupportedModelError, AccuracyError.
+        UsageError, InputError, InvalidModelError, UnsupportedModelError, AccuracyError.
     """
     trace = trace or Trace()
+    how = structured if isinstance(structured, Structured) else Structured(structured)
+    if how.criterion in DATA_CRITERIA and calibrate is None and saliency is None:
+        raise UsageError(f"importance by {how.criterion} needs calibration data", hint="give some with --calibrate")
     with trace.stage("capture"):
         model = capture(
             path_or_model,
@@ -66,15 +80,23 @@ def prune(
             input_shapes=input_shapes,
             dims=dims,
         )
+    calls = data.load(calibrate, specs(model.graph.inputs), limit=samples).calls if calibrate is not None else ()
     with trace.stage("optimize"):
         normalized(model)
-    zero = model.clone() if verify else None
-    how = structured if isinstance(structured, Structured) else Structured(structured)
+    original, zero = model.clone(), model.clone() if verify else None
+    if how.criterion in DATA_CRITERIA and saliency is None:
+        with trace.stage("measure activations"):
+            saliency = measure(model, calls, how.criterion)
     with trace.stage("prune"):
-        report = _prune(model, how, saliency, zero)
+        outcome = passes.prune(model, how, saliency=saliency, zero=zero)
+    report = _describe(how, outcome)
     if zero is not None:
         with trace.stage("verify"):
             report["verification"] = _compare(model, zero).describe()
+    if calls and recover:
+        with trace.stage("recover"):
+            fits = reconstruct(original, model, outcome.kept, calls, progress=trace.progress)
+        report["recovery"] = [asdict(fit) for fit in fits]
     return Pruning(model, report)
 
 
@@ -84,16 +106,15 @@ def normalized(model: oir.Model) -> None:
     pipeline.run(model, passes=fuse.portable())
 
 
-def _prune(
-    model: oir.Model, how: Structured, saliency: Mapping[str, np.ndarray] | None, zero: oir.Model | None
-) -> dict[str, Any]:
-    report = structured.prune(model, how, saliency=saliency, zero=zero)
+def _describe(how: Structured, outcome: passes.Report) -> dict[str, Any]:
     return {
         "structured": asdict(how),
-        "parameters": report.parameters,
-        "flops": report.flops,
-        "families": [asdict(family) for family in report.families],
-        "untouched": [{"name": u.name, "size": u.size, "reasons": list(map(str, u.reasons))} for u in report.untouched],
+        "parameters": outcome.parameters,
+        "flops": outcome.flops,
+        "families": [asdict(family) for family in outcome.families],
+        "untouched": [
+            {"name": u.name, "size": u.size, "reasons": list(map(str, u.reasons))} for u in outcome.untouched
+        ],
     }
 
 

@@ -15,7 +15,9 @@ from optc.passes.match import constant
 from optc.passes.prune.analysis import Coupling, Family
 
 CRITERIA = ("l1", "l2", "bn")
-"""Criteria that need nothing but the model; others come as saliencies."""
+"""Criteria that need nothing but the model."""
+DATA_CRITERIA = ("activation", "taylor")
+"""Criteria that come as saliencies, from calibration data."""
 
 # Integers are quantized weights; smaller ones than this decide nothing.
 _LEAST_RANK = 2
@@ -27,7 +29,7 @@ class Scores:
     Args:
         coupling: of the model.
         criterion: ``l1`` and ``l2``: norms of the slices; ``bn``: the scales of batch normalizations, and ``l2``
-            where a family has none.
+            where a family has none. ``DATA_CRITERIA`` come with ``saliency``.
         saliency: how much single weights matter, each at least 0, by the name of the tensor; a unit is worth the sum
             over its slices. Takes the place of the criterion; tensors that are not in it say nothing.
     """

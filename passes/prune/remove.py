@@ -11,8 +11,12 @@ from optc.passes.prune.axes import UPDATES, Kept
 from optc.passes.rewrite import Namer
 
 
-def remove(model: oir.Model, coupling: Coupling, removed: np.ndarray) -> None:
-    """Remove the slices with the labels ``removed`` from the model that ``coupling`` is of, in place."""
+def remove(model: oir.Model, coupling: Coupling, removed: np.ndarray) -> dict[str, list[np.ndarray | None]]:
+    """Remove the slices with the labels ``removed`` from the model that ``coupling`` is of, in place.
+
+    Returns which slices were kept along each axis, None where the size is symbolic, by the name of each tensor that
+    lost some.
+    """
     axes = coupling.axes
     namer = Namer(model)
 
@@ -45,6 +49,7 @@ def remove(model: oir.Model, coupling: Coupling, removed: np.ndarray) -> None:
         value.shape = oir.Shape(
             [d if m is None or m.all() else int(m.sum()) for d, m in zip(value.shape, along, strict=True)]
         )
+    return {str(value.name): along for value, along in touched.items()}
 
 
 # Inputs whose removed slices may be zero: neither divisors nor variances nor exponents.

@@ -11,7 +11,7 @@ import numpy as np
 
 from optc.errors import UsageError
 from optc.passes.prune.analysis import Coupling, Family
-from optc.passes.prune.importance import CRITERIA, Scores
+from optc.passes.prune.importance import CRITERIA, DATA_CRITERIA, Scores
 
 SCOPES = ("layer", "global")
 
@@ -43,7 +43,8 @@ class Structured:
         for ratio in (self.ratio, *self.layers.values()):
             if not 0 <= ratio < 1:
                 raise UsageError(f"a pruning ratio of {ratio} is not between 0 and 1", hint="0.5 (or 50%) removes half")
-        for name, value, known in (("scope", self.scope, SCOPES), ("importance", self.criterion, CRITERIA)):
+        known_criteria = (*CRITERIA, *DATA_CRITERIA)
+        for name, value, known in (("scope", self.scope, SCOPES), ("importance", self.criterion, known_criteria)):
             if value not in known:
                 raise UsageError(f"no pruning {name} is called '{value}'", hint=f"there are: {', '.join(known)}")
         if self.multiple < 1 or not 0 < self.least <= 1:

@@ -9,10 +9,12 @@ import numpy as np
 import onnx_ir as oir
 
 from optc.ir import cost
+from optc.passes.match import constant
 from optc.passes.prune.analysis import Untouched, analyse
 from optc.passes.prune.importance import Scores
 from optc.passes.prune.remove import mask, remove
 from optc.passes.prune.select import Structured, choose
+from optc.passes.rewrite import Namer
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class Pruned:
 class Report:
     """What structured pruning did, and what it left alone, with reasons.
 
-    ``parameters`` and ``flops`` are (before, after); flops are None where sizes are symbolic.
+    ``parameters`` and ``flops`` are (before, after); flops are None where sizes are symbolic. ``kept`` tells what was
+    kept of each tensor that lost slices; see ``remove``.
     """
 
     families: tuple[Pruned, ...]
     untouched: tuple[Untouched, ...]
     parameters: tuple[int, int]
     flops: tuple[int | None, int | None]
+    kept: Mapping[str, list[np.ndarray | None]]
 
 
 def prune(
@@ -55,19 +59,35 @@ def prune(
 
     Raises UsageError for a name of a layer that is not there.
     """
+    _unshare(model)
     coupling = analyse(model)
     chosen = choose(coupling, Scores(coupling, how.criterion, saliency), how)
     removed = np.concatenate([np.zeros(0, np.int64), *chosen.values()])
     before = _amounts(model)
     if zero is not None:
+        _unshare(zero)
         twin = analyse(zero)
         mask(zero, twin, removed)
-    remove(model, coupling, removed)
+    kept = remove(model, coupling, removed)
     after = _amounts(model)
     families = tuple(
         Pruned(f.name, f.weights, len(f.units), len(f.units) - len(chosen[f.key])) for f in coupling.families
     )
-    return Report(families, coupling.untouched, (before[0], after[0]), (before[1], after[1]))
+    return Report(families, coupling.untouched, (before[0], after[0]), (before[1], after[1]), kept)
+
+
+def _unshare(model: oir.Model) -> None:
+    """Give each reader a vector of its own: equal ones (biases of 0, say) would couple layers for no reason."""
+    namer = Namer(model)
+    for value in list(model.graph.initializers.values()):
+        array = constant(value)
+        if array is None or array.size <= 1 or array.size != max(array.shape) or array.dtype.kind in "iub":
+            continue
+        for use in list(value.uses())[1:]:
+            twin = oir.Value(name=namer.fresh(f"{value.name}.copy"), shape=value.shape, type=value.type)
+            twin.const_value = value.const_value
+            model.graph.initializers.add(twin)
+            use.node.replace_input_with(use.idx, twin)
 
 
 def _amounts(model: oir.Model) -> tuple[int, int | None]:

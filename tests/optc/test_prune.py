@@ -64,6 +64,6 @@ def test_errors(mlp, tmp_path):
 
 
 def test_a_wrong_removal_is_an_error(mlp, monkeypatch):
-    monkeypatch.setattr("optc.compression.prune.structured.mask", lambda model, coupling, removed: None)
+    monkeypatch.setattr("optc.passes.prune.structured.mask", lambda model, coupling, removed: None)
     with pytest.raises(AccuracyError):
         optc.prune(mlp, structured=Structured(0.5))
