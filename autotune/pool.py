@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from optc.autotune.place import SESSION_SECONDS, Tracker
 from optc.autotune.record import OK
 from optc.errors import OptcError
 
 START_SECONDS = 120.0
 """A new process imports TVM, on a machine that may be busy."""
+
+
+_START_HINT = "`optc doctor` checks TVM"
 
 
 class WorkerStartError(OptcError):
@@ -39,6 +44,8 @@ class Settings:
     megabytes: int = 8192
     build_seconds: float = 60.0
     measure_seconds: float = 30.0
+    tracker: Tracker | None = None
+    """Whose servers run the kernels; None for this machine."""
 
 
 @dataclass
@@ -48,6 +55,7 @@ class Process:
     settings: Settings
     child: subprocess.Popen[bytes] | None = None
     connection: Connection | None = None
+    started: float = 0.0
     knows: set[Any] = field(default_factory=set)
     """What the parent has sent to this process: forgotten with it."""
 
@@ -58,7 +66,7 @@ class Process:
         ours, theirs = socket.socketpair()
         settings = self.settings
         command = [sys.executable, "-m", "optc.autotune.worker", str(theirs.fileno()), settings.target]
-        command += [str(settings.weights), str(settings.activations), str(settings.megabytes)]
+        command.append(json.dumps(asdict(settings)))
         environment = {**os.environ, "TVM_NUM_THREADS": str(settings.threads), "OMP_NUM_THREADS": "1"}
         # A process group of its own: Ctrl-C is for the parent, which ends its workers by itself.
         self.child = subprocess.Popen(
@@ -73,8 +81,19 @@ class Process:
         )
         theirs.close()
         self.connection = Connection(ours.detach())
-        if self._receive(START_SECONDS).get("state") != OK:
-            raise WorkerStartError("a worker process for tuning does not start", hint="`optc doctor` checks TVM")
+        self.started = time.monotonic()
+        # A server that a candidate hangs in is free again when its session ends.
+        answer = self._receive(START_SECONDS + (2 * SESSION_SECONDS if settings.tracker else 0))
+        if answer["state"] != OK:
+            where = f" with a server from {settings.tracker.address}" if settings.tracker else ""
+            self.stop()
+            note = f": {answer['note']}" if answer.get("note") else ""
+            raise WorkerStartError(f"a worker process for tuning does not start{where}{note}", hint=_START_HINT)
+
+    def renew(self) -> None:
+        """End a process whose session on a server is soon over."""
+        if self.settings.tracker and time.monotonic() - self.started > SESSION_SECONDS / 2:
+            self.stop()
 
     def send(self, name: str, **arguments: Any) -> None:
         """Send a request, without waiting for the answer."""

@@ -69,6 +69,7 @@ class Task:
     names: list[str]
     variants: list[Variant]
     operations: int
+    calls: int = 1
     seconds: float = 0.0
     share: float = 0.0
 
@@ -83,12 +84,13 @@ class Task:
         return self.workload.key
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
-    """How a kernel is called: how many arguments it gets, and the arrays of those that are weights."""
+    """How a kernel is called: how many arguments it gets, the arrays of those that are weights, and how often."""
 
     arguments: int
     weights: dict[int, np.ndarray]
+    count: int = 1
 
 
 @dataclass
@@ -114,7 +116,7 @@ def extract(model: oir.Model, target: Target, without: Collection[str] = ()) -> 
         if given and not any(_answers(task, given) for task in tasks.values()):
             continue
         module, lowered = CpuBackend(target, without=without, tuning=_Forced(given)).fuse(model.clone())
-        calls = _first_calls(module, lowered)
+        calls = _calls_of(module, lowered)
         for var, function in sorted(module.functions.items(), key=lambda item: str(item[0].name_hint)):
             name = str(var.name_hint)
             if isinstance(function, tirx.PrimFunc) and name in calls:
@@ -143,6 +145,7 @@ def _add(tasks: dict[str, Task], name: str, function: Any, call: _Call, target: 
             return
     elif task is not None:
         task.names.append(name)
+        task.calls += call.count
         return
     with deciding({}) as space:
         _, template, _ = schedule_kernel(function, target)
@@ -151,11 +154,11 @@ def _add(tasks: dict[str, Task], name: str, function: Any, call: _Call, target: 
         task.variants.append(variant)
         return
     asked = work(function)
-    tasks[workload.key] = Task([name], [variant], asked.operations if asked else 0)
+    tasks[workload.key] = Task([name], [variant], asked.operations if asked else 0, call.count)
 
 
-def _first_calls(module: Any, lowered: Any) -> dict[str, _Call]:
-    """Return the first call of each kernel; parameters of the kernel beyond its arguments are outputs."""
+def _calls_of(module: Any, lowered: Any) -> dict[str, _Call]:
+    """Return how each kernel is called; its parameters beyond the arguments are outputs."""
     found: dict[str, _Call] = {}
     for function in module.functions.values():
         if not isinstance(function, relax.Function):
@@ -165,14 +168,17 @@ def _first_calls(module: Any, lowered: Any) -> dict[str, _Call]:
             own = function.params[len(lowered.input_names) :]
             arrays = dict(zip(own, lowered.weights.values(), strict=True))
         for call in _calls(function.body):
-            arguments = list(call.args[1].fields)
+            name, arguments = str(call.args[0].name_hint), list(call.args[1].fields)
+            if name in found:
+                found[name].count += 1
+                continue
             weights = {}
             for i, argument in enumerate(arguments):
                 if isinstance(argument, tvm.ir.GenericConst):
                     weights[i] = argument.value.numpy()
                 elif argument in arrays:
                     weights[i] = arrays[argument]
-            found.setdefault(str(call.args[0].name_hint), _Call(len(arguments), weights))
+            found[name] = _Call(len(arguments), weights)
     return found
 
 

@@ -21,6 +21,7 @@ from optc.autotune.pool import Pool, Process
 from optc.autotune.record import KEPT, OK, Record, paired, tvm_version
 from optc.autotune.search import Candidate, Search, candidate_of
 from optc.autotune.tasks import Task
+from optc.backends.kernels import winograd
 from optc.backends.kernels.templates import VERSIONS
 
 LEAST_SHARE = 0.002
@@ -111,8 +112,12 @@ class Tuner:
                 process.send("build", task=key, variant=candidate.variant, decisions=candidate.given, number=number)
                 built.append((process, search, candidate, number))
         answers = [process.receive(self.pool.settings.build_seconds) for process, *_ in built]
-        for (process, search, candidate, number), answer in zip(built, answers, strict=True):
-            self._finish(process, search, candidate, number, answer)
+        # Kernels on one machine are measured one after the other; servers do not disturb each other.
+        every = list(zip(built, answers, strict=True))
+        for turn in [every] if self.pool.settings.tracker else [[one] for one in every]:
+            waiting = [(entry, answer, self._measure(*entry, answer)) for entry, answer in turn]
+            for entry, answer, asked in waiting:
+                self._finish(*entry, answer, asked)
         return True
 
     @property
@@ -147,49 +152,34 @@ class Tuner:
 
     def _prepare(self, process: Process, search: Search, variant: int) -> bool:
         """Load what a worker needs for a candidate; False if the untuned kernel itself does not work there."""
-        task, seconds = search.task, self.pool.settings.build_seconds
-        process.start()
-        for number in sorted({0, variant}):
-            if (task.key, number) not in process.knows:
-                answer = process.call(
-                    "load", seconds, task=task.key, variant=number, file=str(data.write(task, number, self.folder))
-                )
-                if answer["state"] != OK:
-                    return self._drop(task, answer)
-                process.knows.add((task.key, number))
-        if task.key not in process.knows:
-            template = task.variants[0].template
-            naive = template != "winograd" and 0 < task.operations <= NAIVE_OPERATIONS
-            answer = process.call("start", 2 * seconds, task=task.key, naive=naive)
-            if answer["state"] != OK:
-                return self._drop(task, answer)
-            process.knows.add(task.key)
+        task = search.task
+        answer = prepare(process, task, variant, self.folder)
+        if answer["state"] != OK:
+            self.dead.add(task.key)
+            self._append([self._record(task, Candidate(0, ()), KEPT, note=f"not measured: {answer.get('note', '')}")])
+        return bool(answer["state"] == OK)
+
+    def _measure(
+        self, process: Process, search: Search, candidate: Candidate, number: int, built: dict[str, Any]
+    ) -> bool:
+        """Ask for the measurement of what was built; False if there is nothing to measure."""
+        if built["state"] != OK or self._same_as_known(search, candidate, built["taken"]):
+            return False
+        best = min(1.0, search.best.ratio)
+        process.send("measure", task=search.task.key, number=number, rounds=ROUNDS, best=best)
         return True
 
-    def _drop(self, task: Task, answer: dict[str, Any]) -> bool:
-        self.dead.add(task.key)
-        self._append([self._record(task, Candidate(0, ()), KEPT, note=f"not measured: {answer.get('note', '')}")])
-        return False
-
     def _finish(
-        self, process: Process, search: Search, candidate: Candidate, number: int, built: dict[str, Any]
+        self, process: Process, search: Search, candidate: Candidate, number: int, built: dict[str, Any], asked: bool
     ) -> None:
-        """Measure what was built, learn from it, write it down."""
+        """Take the measurement, learn from it, write it down."""
         answer = built
-        if built["state"] == OK and process.child is not None:
-            if self._same_as_known(search, candidate, built["taken"]):
-                search.skip(candidate)
-                search.stale()
-                return
-            best = min(1.0, search.best.ratio)
-            answer = process.call(
-                "measure",
-                self.pool.settings.measure_seconds,
-                task=search.task.key,
-                number=number,
-                rounds=ROUNDS,
-                best=best,
-            )
+        if asked:
+            answer = process.receive(self.pool.settings.measure_seconds)
+        elif built["state"] == OK and self._same_as_known(search, candidate, built["taken"]):
+            search.skip(candidate)
+            search.stale()
+            return
         self.trials += 1
         state = answer["state"]
         if state == OK:
@@ -262,3 +252,39 @@ class Tuner:
         active = sum(1 for s in self.searches if s.task.key not in self.dead)
         name = search.task.names[0] if search else ""
         self.progress(Status(elapsed, self.trials, self.failures, active, self.predicted, name))
+
+
+def prepare(process: Process, task: Task, variant: int, folder: Path) -> dict[str, Any]:
+    """Load what a worker needs for a variant; fails if the untuned kernel itself does not work there.
+
+    The answer holds ``seconds`` of a call of the untuned kernel if it was started by this.
+    """
+    seconds = process.settings.build_seconds
+    process.renew()
+    process.start()
+    answer: dict[str, Any] = {"state": OK}
+    for number in sorted({0, variant}):
+        if (task.key, number) not in process.knows:
+            file = str(data.write(task, number, folder))
+            answer = process.call("load", seconds, task=task.key, variant=number, file=file)
+            if answer["state"] != OK:
+                return answer
+            process.knows.add((task.key, number))
+    if task.key not in process.knows:
+        template = task.variants[0].template
+        naive = template != winograd.TEMPLATE and 0 < task.operations <= NAIVE_OPERATIONS
+        answer = process.call("start", 2 * seconds, task=task.key, naive=naive)
+        if answer["state"] == OK:
+            process.knows.add(task.key)
+    return answer
+
+
+def weigh(tasks: list[Task], pool: Pool, folder: Path, progress: Callable[[int], None]) -> None:
+    """Time the untuned kernels where the pool runs them: what cannot be timed in a whole model there."""
+    for i, task in enumerate(tasks):
+        progress(i)
+        answer = prepare(pool.processes[i % len(pool.processes)], task, 0, folder)
+        task.seconds = task.calls * float(answer.get("seconds", 0.0))
+    whole = sum(task.seconds for task in tasks)
+    for task in tasks:
+        task.share = task.seconds / whole if whole else 0.0

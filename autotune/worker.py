@@ -1,4 +1,4 @@
-"""A process that builds and times kernels, and may die of it: ``python -m optc.autotune.worker FD``.
+"""A process that builds and times kernels, and may die of it: ``python -m optc.autotune.worker FD ...``.
 
 It answers requests on a socket, one by one (``pool.py`` sends them). A candidate is timed in turns with the untuned
 kernel on the same data, so that a machine that changes its clock changes both. In a model, data do not lie where the
@@ -9,6 +9,7 @@ So calls take turns with copies of both, which add up to what the model has.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -23,9 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from optc.autotune.place import Here, Kernel, Place, Server, SessionLostError, Tracker
 from optc.autotune.record import OK, paired
 
 MOST_COPIES = 48
+_BASE_CALLS = 5
 BLOCK_SECONDS = 2e-3
 """What a turn of one contestant takes at least."""
 _PR_SET_PDEATHSIG = 1
@@ -56,19 +60,17 @@ class Loaded:
     sets: list[list[list[Any]]] = field(default_factory=list)
     turn: int = 0
 
-    def arguments(self, cold: Cold) -> list[Any]:
+    def arguments(self, cold: Cold, place: Place) -> list[Any]:
         """Return the tensors of the next call."""
-        from optc.backends.cpu.single import aligned
-
         if not self.sets:
             all_arrays = [*self.arrays, *self.outputs]
-            self.sets = [[aligned(a)] for a in all_arrays]
+            self.sets = [[place.tensor(a)] for a in all_arrays]
             moving = [i for i in range(len(all_arrays)) if i not in self.weights]
             for numbers, total in ((self.weights, cold.weights), (moving, cold.activations)):
                 size = sum(all_arrays[i].nbytes for i in numbers)
                 for _ in range(min(MOST_COPIES, -(-total // size)) - 1 if size else 0):
                     for i in numbers:
-                        self.sets[i].append(aligned(all_arrays[i]))
+                        self.sets[i].append(place.tensor(all_arrays[i]))
         self.turn += 1
         return [copies[self.turn % len(copies)] for copies in self.sets]
 
@@ -76,13 +78,14 @@ class Loaded:
 class Worker:
     """The state of the process: what was loaded and built."""
 
-    def __init__(self, target: str, cold: Cold) -> None:
+    def __init__(self, target: str, cold: Cold, tracker: Tracker | None = None, threads: int = 1) -> None:
         from optc.backends.registry import resolve
 
         self.target, self.cold = resolve(target), cold
+        self.place: Place = Server(self.target, tracker, threads) if tracker else Here(self.target)
         self.loaded: dict[tuple[str, int], Loaded] = {}
-        self.built: dict[int, tuple[Callable[..., Any], Loaded]] = {}
-        self.baseline: dict[str, tuple[Callable[..., Any], Loaded]] = {}
+        self.built: dict[int, tuple[Kernel, Loaded]] = {}
+        self.baseline: dict[str, tuple[Kernel, Loaded]] = {}
         self.expected: dict[str, list[np.ndarray]] = {}
 
     def load(self, task: str, variant: int, file: str) -> dict[str, Any]:
@@ -99,23 +102,24 @@ class Worker:
         return {}
 
     def start(self, task: str, naive: bool) -> dict[str, Any]:
-        """Build the untuned kernel of a task and compute what is right; ``naive`` without any schedule."""
-        from optc.backends.cpu.single import aligned, compile_kernel
+        """Build the untuned kernel of a task and compute what is right; ``naive`` without any schedule.
 
+        Answers with the seconds that a call of the untuned kernel takes.
+        """
         variant = self.loaded[task, 0]
         if task not in self.baseline:
             self.baseline[task] = self._build(variant, {})[0], variant
         untuned = self._run(*self.baseline[task])
         if naive:
-            tensors = [aligned(a) for a in [*variant.arrays, *variant.outputs]]
-            compile_kernel(variant.function, self.target)(*tensors)
+            tensors = [self.place.tensor(a) for a in [*variant.arrays, *variant.outputs]]
+            self.place.build(variant.function)(*tensors)
             self.expected[task] = [t.numpy() for t in tensors[len(variant.arrays) :]]
             error = difference(untuned, self.expected[task])
             if error is None or error > 1:
                 return {"state": "wrong", "note": "the untuned kernel differs from its definition"}
         else:
             self.expected[task] = untuned
-        return {}
+        return {"seconds": median(self._once(*self.baseline[task]) for _ in range(_BASE_CALLS))}
 
     def build(self, task: str, variant: int, decisions: Mapping[str, int], number: int) -> dict[str, Any]:
         """Build a candidate, run it once, and compare."""
@@ -147,16 +151,15 @@ class Worker:
         return {"seconds": samples[1], "baseline": samples[0], "noise": noise}
 
     def _build(self, loaded: Loaded, decisions: Mapping[str, int]) -> tuple[Any, dict[str, Any], dict[str, int]]:
-        from optc.backends.cpu.single import compile_kernel
         from optc.backends.kernels.decisions import deciding
         from optc.backends.kernels.schedule import schedule_kernel
 
         with deciding(decisions) as space:
             scheduled, _, _ = schedule_kernel(loaded.function, self.target)
-        return compile_kernel(scheduled, self.target), dict(space.knobs), space.decisions
+        return self.place.build(scheduled), dict(space.knobs), space.decisions
 
-    def _run(self, function: Callable[..., Any], loaded: Loaded) -> list[np.ndarray]:
-        arguments = loaded.arguments(self.cold)
+    def _run(self, function: Kernel, loaded: Loaded) -> list[np.ndarray]:
+        arguments = loaded.arguments(self.cold, self.place)
         results = arguments[len(loaded.arrays) :]
         for result in results:
             # What a kernel does not write must not look right.
@@ -165,20 +168,12 @@ class Worker:
         function(*arguments)
         return [np.array(r.numpy()) for r in results]
 
-    def _once(self, function: Callable[..., Any], loaded: Loaded) -> float:
-        first, second = loaded.arguments(self.cold), loaded.arguments(self.cold)
-        function(*first)
-        start = time.perf_counter()
-        function(*second)
-        return time.perf_counter() - start
+    def _once(self, function: Kernel, loaded: Loaded) -> float:
+        return self._block(function, loaded, 1)
 
-    def _block(self, function: Callable[..., Any], loaded: Loaded, count: int) -> float:
-        function(*loaded.arguments(self.cold))
-        several = [loaded.arguments(self.cold) for _ in range(count)]
-        start = time.perf_counter()
-        for a in several:
-            function(*a)
-        return (time.perf_counter() - start) / count
+    def _block(self, function: Kernel, loaded: Loaded, count: int) -> float:
+        function(*loaded.arguments(self.cold, self.place))
+        return self.place.seconds(function, [loaded.arguments(self.cold, self.place) for _ in range(count)])
 
 
 def difference(actual: list[np.ndarray], expected: list[np.ndarray]) -> float | None:
@@ -203,9 +198,13 @@ def _garbage(dtype: str) -> float:
     return np.nan if "float" in dtype else (1 if dtype == "bool" else 77)
 
 
-def serve(connection: Connection, target: str, cold: Cold) -> None:
+def serve(connection: Connection, make: Callable[[], Worker]) -> None:
     """Answer requests until the parent hangs up."""
-    worker = Worker(target, cold)
+    try:
+        worker = make()
+    except Exception as error:  # a server that is not there, or is another machine
+        connection.send({"state": "error", "note": str(error)})
+        return
     connection.send({"state": OK})
     while True:
         try:
@@ -217,6 +216,8 @@ def serve(connection: Connection, target: str, cold: Cold) -> None:
             answer = {"state": OK, **getattr(worker, name)(**arguments)}
         except MemoryError:
             answer = {"state": "memory", "note": "out of memory"}
+        except SessionLostError as error:
+            answer = {"state": "crash", "note": str(error)}
         except Exception as error:  # whatever a candidate raises is its own fault
             text = f"{type(error).__name__}: {error}".strip().splitlines()
             full = text[-1] if text[0].startswith("InternalError") else text[0]
@@ -228,9 +229,10 @@ def serve(connection: Connection, target: str, cold: Cold) -> None:
 def main() -> None:
     """Limit this process and serve."""
     parent = os.getppid()
-    descriptor, target, megabytes = int(sys.argv[1]), sys.argv[2], int(sys.argv[5])
-    cold = Cold(int(sys.argv[3]), int(sys.argv[4]))
-    if megabytes:
+    descriptor, target, settings = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    cold = Cold(settings["weights"], settings["activations"])
+    tracker = Tracker(**settings["tracker"]) if settings["tracker"] else None
+    if megabytes := settings["megabytes"]:
         import tvm  # noqa: F401 - what it maps does not count
 
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -241,7 +243,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
-    serve(Connection(descriptor), target, cold)
+    serve(Connection(descriptor), partial(Worker, target, cold, tracker, settings["threads"]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -23,10 +23,11 @@ from optc import driver, sample, verification
 from optc.autotune import log
 from optc.autotune.lookup import Lookup
 from optc.autotune.machine import Machine, machine_of
+from optc.autotune.place import Tracker
 from optc.autotune.pool import Pool, Settings
 from optc.autotune.record import MODEL, OK, Record
 from optc.autotune.tasks import Task, extract
-from optc.autotune.tuner import Budget, Status, Tuner
+from optc.autotune.tuner import Budget, Status, Tuner, weigh
 from optc.backends.base import ALGORITHMS, Build, Target
 from optc.errors import OptcError, UsageError
 from optc.passes import pipeline
@@ -50,13 +51,17 @@ _RUNS = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """What to spend and how to measure. ``seconds`` counts everything, ``trials`` candidates; None is no limit."""
+    """What to spend and how to measure. ``seconds`` counts everything, ``trials`` candidates; None is no limit.
+
+    With a ``tracker``, kernels run on its servers, alone and with warm caches: there is no comparison of whole models.
+    """
 
     log: Path
     seconds: float | None = None
     trials: int | None = None
     threads: int | None = None
     cold: bool = True
+    tracker: Tracker | None = None
 
 
 @dataclass
@@ -72,10 +77,14 @@ class Kernel:
 
 @dataclass
 class Outcome:
-    """What came out. Times in milliseconds, alternating in one process; None if it was interrupted before."""
+    """What came out. Times in milliseconds, alternating in one process; None if it was interrupted before.
+
+    They are None too where kernels ran on ``servers``.
+    """
 
     machine: Machine
     tasks: int
+    servers: int = 0
     skipped: int = 0
     trials: int = 0
     failures: int = 0
@@ -125,10 +134,11 @@ def tune(
     """
     start = time.monotonic()
     resolved = driver.resolve_target(target)
-    missing = [] if resolved.native else missing_features(resolved.features)
-    if missing or architecture(resolved.triple) != os.uname().machine:
-        what = f"lacks {', '.join(missing)}" if missing else f"is {os.uname().machine}"
-        raise UsageError(f"kernels for '{target}' cannot be measured here: this machine {what}", hint="--target cpu")
+    if plan.tracker is None:
+        _check_runs_here(target, resolved)
+    elif plan.threads is None:
+        raise UsageError("how many threads the servers have is not known here", hint="--threads N")
+    servers = plan.tracker.servers() if plan.tracker else 0
     threads = plan.threads or default_threads()
     machine = machine_of(resolved, threads)
     progress("capturing", None)
@@ -136,43 +146,66 @@ def tune(
     algorithms = ALGORITHMS.intersection(disable_passes)
     integers = verification.integer_choices(model)
     pipeline.run(model, disable=set(disable_passes) - algorithms)
-    progress("building untuned", None)
-    began = time.monotonic()
-    untuned = _build(model, resolved, algorithms, threads, None)
-    build_seconds = time.monotonic() - began
-    inputs = sample.random_inputs(
-        untuned.model.inputs, dims=sample.default_dims(untuned.model.inputs), integers=integers
-    )
+    settings = Settings(target, threads, tracker=plan.tracker)
+    rounds: _Rounds | None = None
+    if plan.tracker is None:
+        progress("building untuned", None)
+        rounds = _Rounds.of(model, resolved, algorithms, machine, plan.log, integers)
+        if plan.cold:
+            settings = replace(settings, weights=rounds.untuned.weights, activations=_ACTIVATIONS)
     progress("finding tasks", None)
     tasks = extract(model, resolved, algorithms)
     if not tasks:
         raise UsageError("nothing to tune: no kernel of the model has fixed sizes", hint="fix them with --dim")
-    _weigh(tasks, untuned, inputs)
-    settings = Settings(target, threads, *((untuned.weights, _ACTIVATIONS) if plan.cold else (0, 0)))
-    outcome = Outcome(machine, len(tasks))
-    rounds = _Rounds(model, resolved, algorithms, machine, plan.log, untuned, inputs)
-    with tempfile.TemporaryDirectory(prefix="optc-tune-") as folder, Pool(settings, default_threads()) as pool:
-        budget = Budget(None, plan.trials)
-        if plan.seconds is not None:
-            spent = time.monotonic() - start
-            budget.seconds = max(plan.seconds / 3, (plan.seconds - spent - COMPARE_SECONDS) * _ALONE)
-        tuner = Tuner(tasks, machine, pool, plan.log, Path(folder), budget)
+    outcome = Outcome(machine, len(tasks), servers)
+    with (
+        tempfile.TemporaryDirectory(prefix="optc-tune-") as temporary,
+        Pool(settings, servers or default_threads()) as pool,
+    ):
+        folder = Path(temporary)
+        if rounds is not None:
+            rounds.weigh(tasks)
+        else:
+            weigh(tasks, pool, folder, lambda i: progress(f"untuned kernels, {i + 1} of {len(tasks)}", None))
+        tuner = Tuner(tasks, machine, pool, plan.log, folder, _budget(plan, time.monotonic() - start))
         tuner.progress = lambda status: progress("tuning", status)
         try:
             tuner.run()
             pool.stop()
-            progress("comparing in the model", None)
-            end = None if plan.seconds is None else start + plan.seconds - build_seconds - 2 * COMPARE_SECONDS
-            rounds.run(end, lambda number: progress(f"comparing in the model, round {number}", None))
-            progress("comparing artifacts", None)
-            rounds.finish(outcome)
+            if rounds is not None:
+                progress("comparing in the model", None)
+                end = (
+                    None if plan.seconds is None else start + plan.seconds - rounds.build_seconds - 2 * COMPARE_SECONDS
+                )
+                rounds.run(end, lambda number: progress(f"comparing in the model, round {number}", None))
+                progress("comparing artifacts", None)
+                rounds.finish(outcome)
         except KeyboardInterrupt:
             tuner.stopped, outcome.interrupted = "interrupted", True
     offset = tuner.start - start
     outcome.skipped, outcome.trials, outcome.failures = len(tuner.skipped), tuner.trials, tuner.failures
     outcome.curve = [(seconds + offset, trials, predicted) for seconds, trials, predicted in tuner.curve]
-    outcome.stopped, outcome.rounds = tuner.stopped, rounds.done
+    outcome.stopped, outcome.rounds = tuner.stopped, rounds.done if rounds is not None else 0
     return outcome
+
+
+def _check_runs_here(name: str, target: Target) -> None:
+    missing = [] if target.native else missing_features(target.features)
+    if missing or architecture(target.triple) != os.uname().machine:
+        what = f"lacks {', '.join(missing)}" if missing else f"is {os.uname().machine}"
+        raise UsageError(
+            f"kernels for '{name}' cannot be measured here: this machine {what}",
+            hint="--target cpu, or --rpc-tracker to measure on another machine",
+        )
+
+
+def _budget(plan: Plan, spent: float) -> Budget:
+    """Return what is left for kernels alone."""
+    if plan.seconds is None:
+        return Budget(None, plan.trials)
+    left = plan.seconds - spent
+    part = left if plan.tracker else (left - COMPARE_SECONDS) * _ALONE
+    return Budget(max(plan.seconds / 3, part), plan.trials)
 
 
 def _build(model: oir.Model, target: Target, without: Collection[str], threads: int, served: Lookup | None) -> _Built:
@@ -194,14 +227,6 @@ def _times(built: _Built, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:
     return totals
 
 
-def _weigh(tasks: list[Task], untuned: _Built, inputs: Mapping[str, np.ndarray]) -> None:
-    profiles = [_times(untuned, inputs) for _ in range(_PROFILES)]
-    whole = median(p[""] for p in profiles)
-    for task in tasks:
-        task.seconds = median(p.get(task.key, 0.0) for p in profiles)
-        task.share = task.seconds / whole
-
-
 @dataclass
 class _Rounds:
     """Comparisons of whole artifacts: each holds for every kernel the best choice that was not timed in a model yet."""
@@ -213,7 +238,33 @@ class _Rounds:
     log: Path
     untuned: _Built
     inputs: Mapping[str, np.ndarray]
+    build_seconds: float
     done: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        model: oir.Model,
+        target: Target,
+        without: Collection[str],
+        machine: Machine,
+        log: Path,
+        integers: Mapping[str, Sequence[int]],
+    ) -> _Rounds:
+        """Build the untuned model, with random inputs."""
+        began = time.monotonic()
+        untuned = _build(model, target, without, machine.threads, None)
+        wanted = untuned.model.inputs
+        inputs = sample.random_inputs(wanted, dims=sample.default_dims(wanted), integers=integers)
+        return cls(model, target, without, machine, log, untuned, inputs, time.monotonic() - began)
+
+    def weigh(self, tasks: list[Task]) -> None:
+        """Tell each task what its calls take in the untuned model."""
+        profiles = [_times(self.untuned, self.inputs) for _ in range(_PROFILES)]
+        whole = median(p[""] for p in profiles)
+        for task in tasks:
+            task.seconds = median(p.get(task.key, 0.0) for p in profiles)
+            task.share = task.seconds / whole
 
     def run(self, end: float | None, progress: Callable[[int], None]) -> None:
         """Compare until ``end`` of the clock, at least once; without such an end a few times."""

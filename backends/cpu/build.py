@@ -80,7 +80,7 @@ class CpuBackend:
         generated = generate(scheduled.relax, self.target)
         self.progress("linking")
         return Build(
-            code=_shared_library(generated.executable, self.target),
+            code=shared_library(generated.executable, self.target),
             weights=scheduled.lowered.weights,
             activation_bytes=generated.activation_bytes,
             kernels=[kernel.describe() for kernel in scheduled.kernels],
@@ -154,7 +154,8 @@ def generate(module: Any, target: Target) -> Generated:
     return Generated(executable, memory.planned_bytes(planned, outlined.blocks), outlined.calls)
 
 
-def _shared_library(executable: Any, target: Target) -> bytes:
+def shared_library(executable: Any, target: Target) -> bytes:
+    """Return what TVM generated, linked for ``target``."""
     with tempfile.TemporaryDirectory(prefix="optc-") as folder:
         output = Path(folder) / "model.so"
 

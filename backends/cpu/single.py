@@ -9,6 +9,7 @@ import tvm
 from numpy.typing import NDArray
 
 from optc.backends.base import Target
+from optc.backends.cpu.build import shared_library
 from optc.backends.cpu.target import to_tvm
 from optc.backends.cpu.tir_pipeline import NAME as TIR_PIPELINE
 
@@ -17,8 +18,17 @@ ALIGNMENT = 64
 
 def compile_kernel(function: Any, target: Target) -> Any:
     """Return a PrimFunc, scheduled or not, as a function of TVM tensors: inputs, then outputs."""
+    return _compile(function, target)["main"]
+
+
+def compile_library(function: Any, target: Target) -> bytes:
+    """Return the same as a shared library that exports ``main``."""
+    return shared_library(_compile(function, target), target)
+
+
+def _compile(function: Any, target: Target) -> Any:
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-    return tvm.compile(module, target=to_tvm(target), tir_pipeline=TIR_PIPELINE)["main"]
+    return tvm.compile(module, target=to_tvm(target), tir_pipeline=TIR_PIPELINE)
 
 
 def aligned(array: NDArray[Any]) -> Any:

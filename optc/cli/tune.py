@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 @click.command(name="tune")
 @click.argument("model")
 @click.option("--log", "-l", required=True, type=click.Path(path_type=Path), help="The tuning log to add to.")
-@click.option("--target", "-t", default="cpu", help="What to compile for; this machine must be able to run it.")
+@click.option(
+    "--target", "-t", default="cpu", help="What to compile for; this machine, or the servers, must be able to run it."
+)
 @click.option("--time", "seconds", type=Duration(), help="Time for everything, like 90s or 10m (default: 10m).")
 @click.option("--trials", type=click.IntRange(1), help="Candidates to measure, instead of a time.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to measure with (default: one per core).")
 @click.option("--warm", is_flag=True, help="Leave weights in the cache; by default they come from memory.")
+@click.option("--rpc-tracker", "tracker", metavar="HOST:PORT", help="Run kernels on the servers of a TVM RPC tracker.")
+@click.option("--rpc-key", "key", help="Which servers of the tracker.")
 @click.option("--disable-pass", "disable", multiple=True, metavar="NAME", help="Leave out a pass; repeatable.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write best time versus trials to this SVG file.")
 @capture_options
@@ -36,6 +40,8 @@ def command(
     trials: int | None,
     threads: int | None,
     warm: bool,
+    tracker: str | None,
+    key: str | None,
     disable: tuple[str, ...],
     plot: Path | None,
     input_shapes: tuple[str, ...],
@@ -48,16 +54,22 @@ def command(
     Examples:
       optc tune model.onnx --log tuning.jsonl --time 10m
       optc tune model.onnx --log tuning.jsonl --trials 200 --dim batch=1
+      optc tune model.onnx --log tuning.jsonl --target cortex-a72 --threads 4 --rpc-tracker 10.0.0.2:9190 --rpc-key pi
 
     Ctrl-C keeps everything measured so far; the next run continues. Several runs may write to one log.
     """
+    from optc.autotune.place import Tracker
     from optc.tuner import Plan
 
     if not log.parent.is_dir():
         raise UsageError(f"the folder of {log} does not exist")
     if seconds is None and trials is None:
         seconds = 600.0
-    plan = Plan(log, seconds, trials, threads, cold=not warm)
+    if (tracker is None) != (key is None):
+        raise UsageError("--rpc-tracker and --rpc-key belong together")
+    plan = Plan(
+        log, seconds, trials, threads, cold=not warm, tracker=Tracker.parse(tracker, key) if tracker and key else None
+    )
     outcome = run(model, plan, disable, capture_arguments(input_shapes, dims), target)
     if plot is not None:
         from optc.plot import curve
@@ -128,6 +140,8 @@ def show(outcome: Outcome) -> None:
             text = ", ".join(f"{name}={value}" for name, value in k.decisions.items())
             table.add_row(k.name, f"{k.untuned:.3f}", f"{k.tuned:.3f}", f"{k.untuned / k.tuned:.2f}", escape(text))
         console.print(table)
+    if outcome.servers:
+        console.print(f"kernels were timed alone, on {outcome.servers} server{'s' if outcome.servers > 1 else ''}")
     if outcome.speedup is not None:
         console.print(
             f"model: {outcome.untuned:.3f} ms untuned, {outcome.tuned:.3f} ms tuned: [bold]{outcome.speedup:.3f} x[/]"

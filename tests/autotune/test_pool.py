@@ -4,36 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tvm
-from tvm import s_tir, te, tirx
+from tvm import tirx
 
 from optc.autotune.pool import Pool, Process, Settings, WorkerStartError
 from optc.autotune.worker import difference
-from optc.backends.kernels import contraction, loops
+from optc.backends.kernels import loops
 
 SETTINGS = Settings("cpu", threads=2, weights=1 << 20, activations=1 << 18, megabytes=2048)
-
-
-def matmul(factor=1.0):
-    a = te.placeholder((64, 48), "float32", "a")
-    b = te.placeholder((2, 48, 16), "float32", "b")
-    product = contraction.packed_matmul(a, b, 32)
-    scaled = te.compute(product.shape, lambda i, j: product[i, j] * tirx.const(factor, "float32"), "scaled")
-    return te.create_prim_func([a, b, scaled], "int64").without_attr("global_symbol")
-
-
-def write(path, function):
-    generator = np.random.default_rng(0)
-    arrays = {"in0": generator.standard_normal((64, 48)), "in1": generator.standard_normal((2, 48, 16))}
-    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-    np.savez(path, function=tvm.ir.save_json(function), inputs=2, weights=np.array([1]), **arrays)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kernels")
-    return {"right": write(folder / "a.npz", matmul()), "wrong": write(folder / "b.npz", matmul(1.01))}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +19,8 @@ def process():
         yield pool.processes[0]
 
 
-def start(process, files):
-    assert process.call("load", 60, task="t", variant=0, file=files["right"])["state"] == "ok"
+def start(process, kernels):
+    assert process.call("load", 60, task="t", variant=0, file=kernels["right"])["state"] == "ok"
     answer = process.call("start", 60, task="t", naive=True)
     assert answer["state"] == "ok", answer
 
@@ -52,8 +29,8 @@ def build(process, decisions=None, variant=0, number=1, seconds=60):
     return process.call("build", seconds, task="t", variant=variant, decisions=decisions or {}, number=number)
 
 
-def test_a_candidate_is_built_compared_and_measured(process, files):
-    start(process, files)
+def test_a_candidate_is_built_compared_and_measured(process, kernels):
+    start(process, kernels)
     built = build(process, {"rows": 3})
     assert built["state"] == "ok"
     assert built["taken"]["rows"] == 3 and built["error"] < 1
@@ -63,25 +40,18 @@ def test_a_candidate_is_built_compared_and_measured(process, files):
     assert min(measured["seconds"] + measured["baseline"]) > 0
 
 
-def test_an_illegal_decision_is_an_error_of_the_candidate(process, files):
-    start(process, files)
+def test_an_illegal_decision_is_an_error_of_the_candidate(process, kernels):
+    start(process, kernels)
     answer = build(process, {"rows": 99})
     assert answer["state"] == "error" and "IllegalDecisionError" in answer["note"]
     assert build(process)["state"] == "ok"
 
 
-def test_wrong_numbers_are_found(process, files):
-    start(process, files)
-    assert process.call("load", 60, task="t", variant=1, file=files["wrong"])["state"] == "ok"
+def test_wrong_numbers_are_found(process, kernels):
+    start(process, kernels)
+    assert process.call("load", 60, task="t", variant=1, file=kernels["wrong"])["state"] == "ok"
     assert build(process, variant=1)["state"] == "wrong"
     assert build(process)["state"] == "ok"
-
-
-def faulty(statement):
-    """Return the kernel with ``statement`` instead of what it should do."""
-    function = matmul()
-    root = s_tir.SBlock([], [], [], "root", statement)
-    return function.with_body(s_tir.SBlockRealize([], True, root))
 
 
 def call(name, *arguments):
@@ -103,16 +73,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_candidate_that_ends_its_process_costs_itself_only(files, name, tmp_path):
+def test_a_candidate_that_ends_its_process_costs_itself_only(kernels, faulty, name, tmp_path):
     make, state, word = FAULTS[name]
     process = Process(SETTINGS)
     try:
-        start(process, files)
+        start(process, kernels)
         process.knows.add("t")
-        assert (
-            process.call("load", 60, task="t", variant=1, file=write(tmp_path / "c.npz", faulty(make())))["state"]
-            == "ok"
-        )
+        file = faulty(tmp_path / "c.npz", make())
+        assert process.call("load", 60, task="t", variant=1, file=file)["state"] == "ok"
         answer = build(process, variant=1, seconds=2 if name == "hang" else 60)
         assert answer["state"] == state, answer
         assert word in answer["note"]
@@ -120,7 +88,7 @@ def test_a_candidate_that_ends_its_process_costs_itself_only(files, name, tmp_pa
         assert gone == (state != "memory") and gone == (not process.knows)
         if name != "hang":
             if gone:
-                start(process, files)
+                start(process, kernels)
             assert build(process)["state"] == "ok"
     finally:
         process.stop()
