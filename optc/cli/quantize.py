@@ -27,6 +27,13 @@ def quantization_options(command: Command) -> Command:
             click.option("--symmetric", is_flag=True, help="Zero points in the middle of the type."),
             click.option("--per-tensor", is_flag=True, help="One scale for all weights of a layer."),
             click.option("--bits", type=int, default=8, help="Bits of int8 weights: 7 are safe for old CPUs' sums."),
+            click.option("--rounding", default="nearest", help="Of matrices: nearest (default), gptq or adaround."),
+            click.option("--block", type=int, help="Rows that share a scale: 32 for 4 bits, 0 (whole columns) for 8."),
+            click.option("--zero-points", is_flag=True, help="Zero points for weights that are only stored."),
+            click.option("--smooth", type=float, metavar="A", help="SmoothQuant's exponent for int8, 0.5 for example."),
+            click.option("--scale-weights", is_flag=True, help="AWQ's scaling for weights that are only stored."),
+            click.option("--equalize", is_flag=True, help="Equalize the weights of pairs of convolutions."),
+            click.option("--correct-bias", is_flag=True, help="Correct biases for what rounding shifts."),
             click.option("--exclude", multiple=True, metavar="LAYER", help="Leave a layer in float32; repeatable."),
         )
     ):
@@ -45,6 +52,13 @@ def quantization_arguments(kind: str, given: dict[str, Any]) -> dict[str, Any]:
         symmetric=given["symmetric"],
         per_channel=not given["per_tensor"],
         bits=given["bits"],
+        rounding=given["rounding"],
+        block=given["block"],
+        zero_points=given["zero_points"],
+        smooth=given["smooth"],
+        scale_weights=given["scale_weights"],
+        equalize=given["equalize"],
+        correct_bias=given["correct_bias"],
         exclude=frozenset(given["exclude"]),
     )
     return {"options": options, "calibrate": given["calibrate"], "limit": given["samples"]}
@@ -53,7 +67,9 @@ def quantization_arguments(kind: str, given: dict[str, Any]) -> dict[str, Any]:
 @click.command(name="quantize")
 @click.argument("model")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
-@click.option("--to", "kind", default="int8", help="int8 (default).")
+@click.option(
+    "--to", "kind", default="int8", help="int8 (default), int8-dynamic, int8-weights, int4-weights, float16, bfloat16."
+)
 @quantization_options
 @capture_options
 @json_option
@@ -71,7 +87,9 @@ def command(
     \b
     Examples:
       optc quantize model.onnx --calibrate samples/ -o int8.onnx
-      optc quantize model.onnx --calibrate mypackage.data:read --method entropy -o int8.onnx
+      optc quantize model.onnx --calibrate mypackage.data:read --smooth 0.5 -o int8.onnx
+      optc quantize model.onnx --to int4-weights --rounding gptq --calibrate samples.npz -o int4.onnx
+      optc quantize model.onnx --to float16 -o half.onnx
     """
     from rich.console import Console
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as oir
 
 from optc.compression.data import Samples
+from optc.compression.statistics import Extremes
 from optc.errors import AccuracyError
 from optc.passes.quantize.ranges import Histogram
 
@@ -21,18 +22,6 @@ class Observer(Protocol):
     def add(self, values: np.ndarray) -> None:
         """Take note of ``values``."""
         ...
-
-
-class Extremes:
-    """The least and the largest value."""
-
-    def __init__(self) -> None:
-        self.low, self.high = np.inf, -np.inf
-
-    def add(self, values: np.ndarray) -> None:
-        """Take note of ``values``."""
-        if values.size:
-            self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
 
 
 class Inside:

@@ -6,11 +6,19 @@ from dataclasses import dataclass
 
 from optc.errors import UsageError
 from optc.passes.quantize import ranges
+from optc.passes.quantize.weight_only import ALGORITHMS
 
-KINDS = ("int8",)
-CALIBRATED = ("int8",)
-"""Kinds that cannot do without calibration data."""
+KINDS = {
+    "int8": "weights and activations in 8 bits, ranges from calibration data",
+    "int8-dynamic": "the same, with ranges that each run finds by itself",
+    "int8-weights": "weights in 8 bits, computed in float32",
+    "int4-weights": "weights in 4 bits, computed in float32",
+    "float16": "half precision, with islands of float32",
+    "bfloat16": "the other half precision, with islands of float32",
+}
 ACTIVATIONS = ("uint8", "int8", "int16", "uint16")
+BLOCK = 32
+"""Rows of a column that share a scale of 4 bits, unless the caller says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +26,20 @@ class Options:
     """How to quantize.
 
     Attributes:
-        kind: ``int8``, weights and activations in integers.
+        kind: one of KINDS.
         activations: the type of activations, one of ACTIVATIONS. Products with 16 bits are computed in float32.
         symmetric: zero points of activations in the middle of their type.
         method: how ranges of activations are chosen, one of ``passes.quantize.ranges.METHODS``.
         per_channel: a scale for each output channel of the weights.
-        bits: of the weights; 7 keep sums of two products in 16 bits, for runtimes that add them there on old CPUs.
+        bits: of int8 weights; 7 keep sums of two products in 16 bits, for runtimes that add them there on old CPUs.
+        rounding: of weights of matrices, one of ``passes.quantize.weight_only.ALGORITHMS``; all but ``nearest`` use
+            calibration data.
+        block: rows of a weight matrix that share a scale; 0 for whole columns. None: 32 for 4 bits, 0 for 8.
+        zero_points: weights that are not computed with have zero points too.
+        smooth: the exponent of SmoothQuant for int8 (0.5, say); uses calibration data.
+        scale_weights: AWQ's scaling for weights of 8 or 4 bits; uses calibration data.
+        equalize: cross-layer equalization of convolutions.
+        correct_bias: what rounding shifts the means of channels by goes into biases of Conv and Gemm.
         exclude: names of products that stay in float32.
     """
 
@@ -33,14 +49,60 @@ class Options:
     method: str = "mse"
     per_channel: bool = True
     bits: int = 8
+    rounding: str = "nearest"
+    block: int | None = None
+    zero_points: bool = False
+    smooth: float | None = None
+    scale_weights: bool = False
+    equalize: bool = False
+    correct_bias: bool = False
     exclude: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        _one_of("quantization is to", self.kind, KINDS)
+        _one_of("quantization is to", self.kind, tuple(KINDS))
         _one_of("activations are", self.activations, ACTIVATIONS)
         _one_of("ranges are chosen by", self.method, ranges.METHODS)
+        _one_of("weights are rounded by", self.rounding, ALGORITHMS)
         if not 2 <= self.bits <= 8:
             raise UsageError(f"weights have 2 to 8 bits, not {self.bits}")
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise UsageError(f"the exponent of smoothing is between 0 and 1, not {self.smooth}")
+        if self.block is not None and self.block and (self.block < 16 or self.block & (self.block - 1)):
+            raise UsageError(f"a block has 16, 32, 64, ... rows, or 0 for whole columns, not {self.block}")
+        self._require("int8", smooth=self.smooth is not None, correct_bias=self.correct_bias)
+        self._require(
+            "-weights", scale_weights=self.scale_weights, zero_points=self.zero_points, block=bool(self.block)
+        )
+        if self.rounding != "nearest" and not (self.kind == "int8" or self.packs_weights):
+            raise UsageError(f"rounding by {self.rounding} is for int8, int8-weights and int4-weights")
+
+    def _require(self, kind: str, **used: bool) -> None:
+        fits = self.kind.endswith(kind) if kind.startswith("-") else self.kind == kind
+        for name, given in used.items():
+            if given and not fits:
+                raise UsageError(f"{name.replace('_', '-')} is for {kind.lstrip('-')}, not for {self.kind}")
+
+    @property
+    def packs_weights(self) -> bool:
+        """Whether only weights are quantized."""
+        return self.kind.endswith("-weights")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether nothing can be done without calibration data."""
+        return self.kind == "int8" or self.rounding != "nearest" or self.scale_weights
+
+    @property
+    def weight_type(self) -> str:
+        """The type of weights that are not computed with."""
+        return ("u" if self.zero_points else "") + self.kind.removesuffix("-weights")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block; 0 for whole columns."""
+        if self.block is not None:
+            return self.block
+        return BLOCK if self.kind == "int4-weights" else 0
 
 
 def _one_of(what: str, given: str, known: tuple[str, ...]) -> None:

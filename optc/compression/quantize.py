@@ -1,23 +1,32 @@
-"""``optc.quantize``: a float32 model to one of integers, as portable ONNX with QuantizeLinear and DequantizeLinear."""
+"""``optc.quantize``: a float32 model in fewer bits, as portable ONNX with QuantizeLinear and DequantizeLinear."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as oir
 
 from optc import driver
 from optc.compression import data
-from optc.compression.observe import Inside, Progress, histograms
-from optc.compression.options import CALIBRATED, Options
+from optc.compression.observe import Inside, Progress, histograms, observe
+from optc.compression.options import Options
+from optc.compression.statistics import ChannelMean, ChannelReach, Extremes, Gram
 from optc.errors import UnsupportedModelError, UsageError
 from optc.ir import serialize
-from optc.passes.quantize import ranges
+from optc.passes.base import Pass
+from optc.passes.match import constant
+from optc.passes.quantize import bias, blocks, half, ranges, scaling, static, weight_only
+from optc.passes.quantize.dynamic import DynamicPass
 from optc.passes.quantize.encoding import Encoding
 from optc.passes.quantize.products import Product, products
-from optc.passes.quantize.static import Plan, StaticPass
+from optc.passes.quantize.weights import Integers
+
+_EXPONENTS = (0.0, 0.25, 0.5, 0.75)
+"""Exponents that AWQ's scaling tries for each group of matrices."""
 
 
 @dataclass
@@ -59,52 +68,209 @@ def quantize(
         AccuracyError: the float32 model itself computes values that are no finite numbers.
     """
     options = options or Options()
-    if calibrate is None and options.kind in CALIBRATED:
+    if calibrate is None and options.needs_data:
         raise UsageError(
-            f"{options.kind} needs calibration data", hint="--calibrate DIR, FILE.npz or package.module:function"
+            f"{options.kind}{' with this rounding' if options.kind != 'int8' else ''} needs calibration data",
+            hint="--calibrate DIR, FILE.npz or package.module:function",
         )
     progress("optimizing the float32 model")
     model = driver.optimize(path_or_model, example_inputs, input_shapes=input_shapes, dims=dims)
     selected(model, options.exclude)
-    samples = data.load(calibrate, driver.specs(model.graph.inputs), limit=limit)
-    counts = count(model, samples, target, progress)
-    return quantize_static(model, counts, options)
+    samples = None
+    if calibrate is not None:
+        samples = data.load(calibrate, driver.specs(model.graph.inputs), limit=limit)
+    return Quantizer(model, samples, target, progress).run(options)
 
 
-def count(
-    model: oir.Model, samples: data.Samples, target: str = "cpu", progress: Progress = lambda _: None
-) -> dict[str, ranges.Histogram]:
-    """Count what the products of an optimized float32 model read while it runs on ``samples``, by value name."""
-    names = list(dict.fromkeys(str(found.x.name) for found in selected(model)))
-    progress("compiling the model to look inside")
-    return histograms(Inside(model, names, target), names, samples, progress)
+class Quantizer:
+    """Quantizes one optimized float32 model, in several ways if need be: what calibration finds is kept."""
 
+    def __init__(
+        self,
+        model: oir.Model,
+        samples: data.Samples | None = None,
+        target: str = "cpu",
+        progress: Progress = lambda _: None,
+    ) -> None:
+        self.model, self.samples, self.target, self.progress = model, samples, target, progress
+        self._inside: dict[str, Inside] = {}
+        self._counts: dict[str, dict[str, ranges.Histogram]] = {}
 
-def quantize_static(model: oir.Model, counts: Mapping[str, ranges.Histogram], options: Options) -> Quantized:
-    """Quantize an optimized float32 model by what was counted in it; the model itself is not changed."""
-    chosen = selected(model, options.exclude)
-    plan = Plan(
-        frozenset(found.name for found in chosen),
-        encodings(counts, options),
-        bits=options.bits,
-        per_channel=options.per_channel,
-    )
-    result = model.clone()
-    StaticPass(plan).call(result)
-    return Quantized(result, report(model, result, options, plan))
-
-
-def report(before: oir.Model, after: oir.Model, options: Options, plan: Plan) -> dict[str, Any]:
-    """Return what was done, as JSON."""
-    layers = []
-    for found in products(before):
-        layer: dict[str, Any] = {"name": found.name, "operator": found.node.op_type, "weights": found.array().size}
-        if found.name in plan.products:
-            encoding = plan.encodings[str(found.x.name)]
-            layer |= {"to": options.kind, "scale": encoding.scale, "zero": encoding.zero}
+    def run(self, options: Options) -> Quantized:
+        """Return the model quantized as ``options`` say; the float32 model is not changed."""
+        chosen = selected(self.model, options.exclude)
+        model, key = self._rescaled(options)
+        names = frozenset(p.name for p in chosen)
+        details: dict[str, dict[str, Any]] = {}
+        work: Pass
+        if options.kind == "int8":
+            plan = self.plan(model, key, options, names)
+            work = static.StaticPass(plan)
+            for p in products(model):
+                if p.name in names:
+                    encoding = plan.encodings[str(p.x.name)]
+                    details[p.name] = {"scale": encoding.scale, "zero": encoding.zero}
+        elif options.kind == "int8-dynamic":
+            work, details = DynamicPass(names, options.bits), {name: {} for name in names}
+        elif options.packs_weights:
+            packed = self._packed(model, key, options, names)
+            work, details = weight_only.WeightOnlyPass(packed), {name: {} for name in packed}
         else:
-            layer["to"] = "float32"
-        layers.append(layer)
+            work = half.HalfPass(options.kind, self._large(model, key), options.exclude)
+            details = {p.name: {} for p in chosen if work.island(p.node) is None}
+        result = model.clone() if model is self.model else model
+        work.call(result)
+        return Quantized(result, report(self.model, result, options, details))
+
+    def plan(self, model: oir.Model, key: str, options: Options, names: frozenset[str]) -> static.Plan:
+        """Return the plan of static quantization."""
+        counts = self.counts(model, key)
+        found = encodings(counts, options)
+        rounded: dict[str, Integers] = {}
+        if options.rounding != "nearest":
+            matrices = [p for p in weight_only.matrices(model) if p.name in names]
+            grams = self._grams(model, key, matrices)
+            for p in matrices:
+                array = weight_only.rounded(p.matrix().T, "int8", 0, options.rounding, grams[p.name])
+                rounded[p.name] = Integers(
+                    array.values if p.channels == 1 else np.ascontiguousarray(array.values.T),
+                    array.scale,
+                    None,
+                    p.channels,
+                )
+        plan = static.Plan(names, found, rounded, bits=options.bits, per_channel=options.per_channel)
+        return self._corrected(model, key, plan) if options.correct_bias else plan
+
+    def counts(self, model: oir.Model, key: str = "") -> dict[str, ranges.Histogram]:
+        """Count what the products of the model read while it runs on the samples, by value name."""
+        if key not in self._counts:
+            inside, samples = self._look(model, key)
+            self._counts[key] = histograms(inside, _read(model), samples, self.progress)
+        return self._counts[key]
+
+    def _look(self, model: oir.Model, key: str) -> tuple[Inside, data.Samples]:
+        assert self.samples is not None
+        if key not in self._inside:
+            self.progress("compiling the model to look inside")
+            self._inside[key] = Inside(model, _read(model), self.target)
+        return self._inside[key], self.samples
+
+    def _rescaled(self, options: Options) -> tuple[oir.Model, str]:
+        """Return the model with its ranges evened out, and a name for what that depends on."""
+        if not options.equalize and options.smooth is None and not options.scale_weights:
+            return self.model, ""
+        model = self.model.clone()
+        key = f"{options.equalize} {options.smooth} {options.scale_weights and options}"
+        if options.equalize:
+            scaling.equalize(model)
+        if options.smooth is None and not options.scale_weights:
+            return model, key
+        inside, samples = self._look(self.model, "")
+        groups = scaling.groups(model)
+        reach = {str(value.name): ChannelReach(-1) for value in groups}
+        grams: dict[str, np.ndarray] = {}
+        if options.scale_weights:
+            grams = self._grams(self.model, "", [members[0] for members in scaling.groups(self.model).values()])
+        else:
+            observe(inside, {name: [r] for name, r in reach.items()}, samples, self.progress)
+        factors = {}
+        for value, members in groups.items():
+            matrices = [p.matrix().T for p in members]
+            if options.scale_weights:
+                factors[str(value.name)] = _best_factors(matrices, grams[members[0].name], options)
+            else:
+                assert options.smooth is not None
+                factors[str(value.name)] = scaling.smooth_factors(
+                    reach[str(value.name)].reach, matrices, options.smooth
+                )
+        scaling.scale_inputs(model, factors)
+        return model, key
+
+    def _grams(self, model: oir.Model, key: str, chosen: Sequence[Product]) -> dict[str, np.ndarray]:
+        inside, samples = self._look(model, key)
+        by_value: dict[str, Gram] = {}
+        for p in chosen:
+            by_value.setdefault(str(p.x.name), Gram(p))
+        observe(inside, {name: [gram] for name, gram in by_value.items()}, samples, self.progress)
+        return {p.name: by_value[str(p.x.name)].matrix for p in chosen}
+
+    def _corrected(self, model: oir.Model, key: str, plan: static.Plan) -> static.Plan:
+        inside, samples = self._look(model, key)
+        chosen = [p for p in products(model) if p.name in plan.products and p.bias is not None]
+        means = {
+            str(p.x.name): ChannelMean(1 if p.node.op_type == "Conv" else -1, plan.encodings[str(p.x.name)])
+            for p in chosen
+        }
+        observe(inside, {name: [mean] for name, mean in means.items()}, samples, self.progress)
+        biases = {}
+        for p in chosen:
+            original = constant(p.bias)
+            shift = bias.correction(p, static.integers(p, plan), *means[str(p.x.name)].means)
+            if original is not None and original.shape == shift.shape:
+                biases[p.name] = original + shift
+        return static.Plan(plan.products, plan.encodings, plan.weights, biases, plan.bits, plan.per_channel)
+
+    def _packed(self, model: oir.Model, key: str, options: Options, names: frozenset[str]) -> dict[str, Integers]:
+        matrices = [p for p in weight_only.matrices(model) if p.name in names]
+        grams = self._grams(model, key, matrices) if options.rounding != "nearest" else {}
+        packed = {}
+        for number, p in enumerate(matrices):
+            self.progress(f"rounding {number + 1} of {len(matrices)}: {p.name}")
+            matrix, gram = p.matrix().T, grams.get(p.name)
+            packed[p.name] = weight_only.rounded(matrix, options.weight_type, options.rows, options.rounding, gram)
+        for node in weight_only.tables(model):
+            table = constant(node.inputs[0])
+            assert table is not None
+            array = weight_only.rounded(table.T, options.weight_type, options.rows)
+            packed[str(node.name)] = weight_only.turned(array)
+        return packed
+
+    def _large(self, model: oir.Model, key: str) -> list[str]:
+        """Return the values that calibration sees above what is safe in half precision."""
+        if self.samples is None:
+            return []
+        inside, samples = self._look(model, key)
+        extremes = {name: Extremes() for name in _read(model)}
+        observe(inside, {name: [e] for name, e in extremes.items()}, samples, self.progress)
+        return [name for name, e in extremes.items() if max(-e.low, e.high) > half.LARGEST]
+
+
+def _best_factors(matrices: Sequence[np.ndarray], gram: np.ndarray, options: Options) -> np.ndarray:
+    """Return AWQ's factors ``mean(x^2)^(a/2)`` with the exponent whose rounded products are the closest."""
+    strength = np.sqrt(np.maximum(np.diag(gram), 1e-12))
+    best, chosen = np.inf, np.ones(len(gram), np.float32)
+    for exponent in _EXPONENTS:
+        # x is divided by what the weights are multiplied with: large channels get large weights.
+        scale = strength**exponent
+        scale = (scale / np.exp(np.log(scale).mean())).astype(np.float32)
+        error = 0.0
+        for matrix in matrices:
+            array = blocks.nearest(matrix * scale[:, None], options.weight_type, options.rows)
+            difference = array.dequantized() / scale[:, None] - matrix
+            error += float((difference * (gram @ difference)).sum())
+        if error < best:
+            best, chosen = error, scale
+    return chosen
+
+
+def _read(model: oir.Model) -> list[str]:
+    return list(dict.fromkeys(str(p.x.name) for p in products(model)))
+
+
+def report(
+    before: oir.Model, after: oir.Model, options: Options, details: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return what was done, as JSON."""
+    layers = [
+        {
+            "name": p.name,
+            "operator": p.node.op_type,
+            "weights": p.array().size,
+            "to": options.kind if p.name in details else "float32",
+            **details.get(p.name, {}),
+        }
+        for p in products(before)
+    ]
     sizes = {"before": serialize.weight_bytes(before), "after": serialize.weight_bytes(after)}
     return {"kind": options.kind, "weight_bytes": sizes, "layers": layers}
 
@@ -130,8 +296,6 @@ def selected(model: oir.Model, exclude: frozenset[str] = frozenset()) -> list[Pr
             "nothing to quantize: the model has no Conv, MatMul or Gemm in float32 with constant weights"
         )
     if unknown := sorted(exclude - {p.name for p in found}):
-        names = ", ".join(p.name for p in found[:10])
-        raise UsageError(
-            f"no product is called {unknown[0]!r}", hint=f"they are called {names}" + ", ..." * (len(found) > 10)
-        )
+        close = difflib.get_close_matches(unknown[0], [p.name for p in found], n=3, cutoff=0.0)
+        raise UsageError(f"no product is called {unknown[0]!r}", hint=f"did you mean {' or '.join(map(repr, close))}?")
     return [p for p in found if p.name not in exclude]

@@ -22,7 +22,6 @@ PERCENTILE = 99.99
 BINS = 8192
 """Bins of a histogram: 32 for a step of 8 bits, so that ranges of a small part of it can still be judged."""
 _FRACTIONS = np.geomspace(1.0, 0.03, 40)
-_ENTROPY_BINS = 2048
 _ROUNDS = 2
 
 
@@ -109,16 +108,15 @@ def _error(histogram: Histogram, encoding: Encoding) -> float:
 
 def _divergence(histogram: Histogram, low: float, high: float, dtype: str) -> float:
     """Return how much the counts differ from the same counts spread evenly over each step of the range."""
-    counts = histogram.counts.reshape(_ENTROPY_BINS, -1).sum(1).astype(np.float64)
-    centers = histogram.centers.reshape(_ENTROPY_BINS, -1).mean(1)
+    counts, centers = histogram.counts.astype(np.float64), histogram.centers
     inside = (centers >= low) & (centers <= high)
-    if not inside.any():
-        return float("inf")
+    least, largest = limits(dtype)
+    if inside.sum() <= largest - least:
+        return float("inf")  # a step for every bin would reproduce them all, whatever is cut off
     kept = counts[inside]
     reference = kept.copy()
     reference[0] += counts[centers < low].sum()
     reference[-1] += counts[centers > high].sum()
-    least, largest = limits(dtype)
     step = np.floor((centers[inside] - low) / max((high - low) / (largest - least + 1), 1e-30)).astype(np.int64)
     step -= step.min()
     nonzero = kept > 0

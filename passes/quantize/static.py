@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as oir
 
-from optc.ir import provenance, schemas
 from optc.passes.base import Pass, PassResult
 from optc.passes.match import constant, producer
 from optc.passes.quantize import weights
+from optc.passes.quantize.edit import Edit
 from optc.passes.quantize.encoding import DTYPES, Encoding
 from optc.passes.quantize.products import Product, products
-from optc.passes.rewrite import Namer, is_unused_initializer
 
 _MOVING = (
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "DepthToSpace", "SpaceToDepth", "MaxPool",
@@ -85,36 +84,34 @@ class StaticPass(Pass):
         return PassResult(bool(chosen), {"quantized": len(chosen)} if chosen else {})
 
 
-class _Insertion:
+class _Insertion(Edit):
     def __init__(self, model: oir.Model, plan: Plan) -> None:
-        self.graph, self.plan, self.namer = model.graph, plan, Namer(model)
+        super().__init__(model, StaticPass.name)
+        self.plan = plan
         self.rounded: dict[tuple[oir.Value, Encoding], oir.Value] = {}
         self.scalars: dict[Encoding, list[oir.Value]] = {}
 
     def product(self, found: Product) -> None:
         encoding = self.plan.encodings[str(found.x.name)]
-        wide = encoding.dtype.endswith("16")
         array = integers(found, self.plan)
         node = found.node
         node.replace_input_with(0, self.round(found.x, encoding))
-        inputs = [self._constant(array.values, f"{found.weight.name}.integers"), *self._parameters(array, found.weight)]
-        node.replace_input_with(
-            1, self._dequantize(inputs, found.weight, node, axis=array.axis, block_size=array.block)
-        )
-        self._discard(found.weight)
+        node.replace_input_with(1, dequantized(self, found.weight, array, node))
+        self.discard(found.weight)
         bias = self.plan.biases.get(found.name, constant(found.bias))
         if found.bias is None or bias is None:
             return
-        if wide or array.zero is not None or array.block or array.scale.size not in (1, bias.size) or bias.ndim != 1:
-            new = self._constant(np.asarray(bias, np.float32), f"{found.bias.name}.corrected")
+        scale = np.asarray(np.float32(encoding.scale) * array.scale, np.float32)
+        scales = np.full(bias.shape, scale, np.float32) if scale.ndim == 0 else scale
+        wide = encoding.dtype.endswith("16") or array.zero is not None or bool(array.block)
+        if wide or scales.shape != bias.shape or np.any(np.abs(bias / scales) > weights.BIAS_LIMIT):
+            new = self.constant(np.asarray(bias, np.float32), f"{found.bias.name}.corrected")
         else:
-            scale = np.asarray(np.float32(encoding.scale) * array.scale, np.float32)
-            scales = np.full(bias.shape, scale, np.float32) if scale.ndim == 0 else scale
-            inputs = [self._constant(weights.round_bias(bias, scales), f"{found.bias.name}.integers")]
-            inputs.append(self._constant(scale, f"{found.bias.name}.scale"))
-            new = self._dequantize(inputs, found.bias, node, axis=0)
+            inputs = [self.constant(weights.round_bias(bias, scales), f"{found.bias.name}.integers")]
+            inputs.append(self.constant(scale, f"{found.bias.name}.scale"))
+            new = self.node("DequantizeLinear", inputs, found.bias, before=node, axis=0)
         node.replace_input_with(2, new)
-        self._discard(found.bias)
+        self.discard(found.bias)
 
     def round(self, value: oir.Value, encoding: Encoding) -> oir.Value:
         """Return ``value`` rounded; behind operators that move elements, these move what is rounded before."""
@@ -127,11 +124,10 @@ class _Insertion:
                 source = mover.inputs[index]
                 assert source is not None
                 mover.replace_input_with(index, self.round(source, encoding))
-        quantized = self._node("QuantizeLinear", [value, *self._scalars(value, encoding)], value, value.producer())
-        quantized.type = oir.TensorType(oir.DataType.from_numpy(DTYPES[encoding.dtype]))
-        made = quantized.producer()
-        result = self._node("DequantizeLinear", [quantized, *self._scalars(value, encoding)], value, made)
-        result.type = value.type
+        parameters = self._scalars(value, encoding)
+        kind = oir.DataType.from_numpy(DTYPES[encoding.dtype])
+        quantized = self.node("QuantizeLinear", [value, *parameters], value, dtype=kind)
+        result = self.node("DequantizeLinear", [quantized, *parameters], quantized, dtype=value.dtype)
         self.rounded[key] = result
         return result
 
@@ -164,58 +160,21 @@ class _Insertion:
 
     def _scalars(self, value: oir.Value, encoding: Encoding) -> list[oir.Value]:
         if encoding not in self.scalars:
-            scale = self._constant(np.array(encoding.scale, np.float32), f"{value.name}.scale")
-            zero = self._constant(np.array(encoding.zero, DTYPES[encoding.dtype]), f"{value.name}.zero")
+            scale = self.constant(np.array(encoding.scale, np.float32), f"{value.name}.scale")
+            zero = self.constant(np.array(encoding.zero, DTYPES[encoding.dtype]), f"{value.name}.zero")
             self.scalars[encoding] = [scale, zero]
         return self.scalars[encoding]
 
-    def _parameters(self, array: weights.Integers, weight: oir.Value) -> list[oir.Value]:
-        found = [self._constant(array.scale, f"{weight.name}.scale")]
-        if array.zero is not None:
-            found.append(self._constant(array.zero, f"{weight.name}.zero"))
-        return found
 
-    def _dequantize(self, inputs: list[oir.Value], like: oir.Value, reader: oir.Node, **attributes: int) -> oir.Value:
-        output = self._node("DequantizeLinear", inputs, like, None, before=reader, **attributes)
-        output.type = like.type
-        return output
-
-    def _node(
-        self,
-        op: str,
-        inputs: list[oir.Value],
-        like: oir.Value,
-        after: oir.Node | None,
-        before: oir.Node | None = None,
-        **attributes: int,
-    ) -> oir.Value:
-        node = oir.node(op, inputs, attributes, name=self.namer.fresh(f"{like.name}/{op}"))
-        schemas.state_defaults(node, self.graph.opset_imports[""])
-        output = node.outputs[0]
-        output.name, output.shape = self.namer.fresh(f"{like.name}.{op}"), like.shape
-        provenance.inherit(node, [after] if after is not None else [], made_by="static-quantization")
-        if before is not None:
-            self.graph.insert_before(before, [node])
-        elif after is not None:
-            self.graph.insert_after(after, [node])
-        else:
-            self.graph.insert_before(self.graph[0], [node])
-        return output
-
-    def _constant(self, array: np.ndarray, name: str) -> oir.Value:
-        tensor = oir.tensor(np.ascontiguousarray(array).reshape(array.shape))
-        value = oir.Value(
-            name=self.namer.fresh(name),
-            shape=oir.Shape(array.shape),
-            type=oir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self.graph.initializers.add(value)
-        return value
-
-    def _discard(self, value: oir.Value) -> None:
-        if is_unused_initializer(value):
-            self.graph.initializers.pop(str(value.name))
+def dequantized(edit: Edit, weight: oir.Value, array: weights.Integers, reader: oir.Node) -> oir.Value:
+    """Insert a DequantizeLinear of ``array`` in place of ``weight`` in front of ``reader``."""
+    inputs = [
+        edit.constant(array.values, f"{weight.name}.integers"),
+        edit.constant(array.scale, f"{weight.name}.scale"),
+    ]
+    if array.zero is not None:
+        inputs.append(edit.constant(array.zero, f"{weight.name}.zero"))
+    return edit.node("DequantizeLinear", inputs, weight, before=reader, axis=array.axis, block_size=array.block)
 
 
 def _moved(mover: oir.Node) -> range:

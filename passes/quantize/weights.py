@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_BIAS_LIMIT = 2.0**30
+BIAS_LIMIT = 2.0**31 - 2
+"""The largest integer of a bias, which is added to a sum in int32."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def per_channel(
     extent = np.abs(weight).max(axis=None if single else others).astype(np.float64)
     scale = extent / largest
     if bias is not None:
-        needed = np.abs(bias.astype(np.float64)) / (_BIAS_LIMIT * x_scale)
+        needed = np.abs(bias.astype(np.float64)) / (BIAS_LIMIT / 2 * x_scale)
         scale = np.maximum(scale, needed.max() if single else needed)
     tiny = float(np.finfo(np.float32).tiny)
     scale = np.where(scale < tiny, 1.0, scale).astype(np.float32)
@@ -63,4 +64,4 @@ def per_channel(
 def round_bias(bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Return a bias as int32 with ``scale``."""
     wide = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
-    return np.clip(wide, -(2.0**31), 2.0**31 - 1).astype(np.int32)
+    return np.clip(wide, -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32)

@@ -7,10 +7,14 @@ import onnx
 import pytest
 
 import optc
+from optc import driver
 from optc.cli import main
+from optc.compression.data import load
 from optc.compression.options import Options
+from optc.compression.quantize import Quantizer
 from optc.errors import AccuracyError, UnsupportedModelError, UsageError
 from optc.peers import OnnxRuntime
+from optc.runtime.format import TensorSpec
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,47 @@ def test_options_that_are_not_offered(wrong):
         Options(**wrong)
 
 
+@pytest.mark.parametrize("kind", ["int8-dynamic", "int8-weights", "int4-weights", "float16", "bfloat16"])
+def test_kinds_that_need_no_data(kind, network, rows):
+    found = optc.quantize(network, Options(kind))
+    onnx.checker.check_model(optc.ir.to_proto(found.model), full_check=True)
+    assert found.report["kind"] == kind
+
+
+def test_everything_that_data_can_do_makes_it_better(network, rows, quantized):
+    inputs = {"x": rows[:4]}
+    (expected,) = OnnxRuntime(optc.capture(network), threads=1).run(inputs).values()
+    errors = []
+    base = Quantizer(driver.optimize(network), load(rows, [TensorSpec("x", "float32", (4, 32))]))
+    for options in (
+        Options(bits=4),
+        Options(bits=4, smooth=0.5, equalize=True, correct_bias=True),
+        Options(rounding="adaround"),
+    ):
+        (found,) = OnnxRuntime(base.run(options).model, threads=1, literal=True).run(inputs).values()
+        errors.append(float(np.abs(found - expected).mean()))
+    assert errors[1] < errors[0]
+    assert errors[2] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "float16", "smooth": 0.5}, "smooth is for int8"),
+        ({"kind": "int8", "zero_points": True}, "zero-points is for weights"),
+        ({"kind": "float16", "rounding": "gptq"}, "rounding by gptq"),
+        ({"kind": "int4-weights", "block": 17}, "a block has 16"),
+        ({"smooth": 2.0}, "between 0 and 1"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(UsageError, match=message):
+        Options(**options)
+
+
 def test_calibration_data_is_needed(network):
+    with pytest.raises(UsageError, match="this rounding needs calibration data"):
+        optc.quantize(network, Options("int4-weights", rounding="gptq"))
     with pytest.raises(UsageError, match="needs calibration data"):
         optc.quantize(network)
 
