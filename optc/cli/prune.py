@@ -16,7 +16,13 @@ IMPORTANCE = ["l1", "l2", "bn", "activation", "taylor"]
 @click.command(name="prune")
 @click.argument("model")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
-@click.option("--structured", type=Share(), required=True, help="Remove this share of channels, neurons and heads.")
+@click.option("--structured", type=Share(), help="Remove this share of channels, neurons and heads.")
+@click.option("--low-rank", type=Share(), help="Split products in two, losing this share of the squared norm.")
+@click.option("--magnitude", type=Share(), help="Zero this share of the weights.")
+@click.option("--block", metavar="ROWSxCOLUMNS", help="With --magnitude: blocks of weights, like 4x8, go together.")
+@click.option("--sparsity", metavar="N:M", help="Keep n of m neighbouring input channels, like 2:4.")
+@click.option("--clip", type=float, help="Bound weights by this percentile of their magnitudes, like 99.9.")
+@click.option("--cluster", type=click.IntRange(2), help="Let the weights of each tensor share so many values.")
 @click.option("--scope", type=click.Choice(["layer", "global"]), default="layer", help="Rank per layer, or over all.")
 @click.option("--importance", type=click.Choice(IMPORTANCE), default="l2", help="What makes a unit important.")
 @click.option("--multiple", type=click.IntRange(1), default=8, help="Sizes that are left are multiples of this.")
@@ -30,7 +36,13 @@ IMPORTANCE = ["l1", "l2", "bn", "activation", "taylor"]
 def command(
     model: str,
     output: Path,
-    structured: float,
+    structured: float | None,
+    low_rank: float | None,
+    magnitude: float | None,
+    block: str | None,
+    sparsity: str | None,
+    clip: float | None,
+    cluster: int | None,
     scope: str,
     importance: str,
     multiple: int,
@@ -43,16 +55,20 @@ def command(
     dims: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Remove what matters least from MODEL and write portable ONNX, with every tensor smaller.
+    """Make MODEL smaller by what matters least, and write portable ONNX.
 
-    Names in --layer may have wildcards. The result is run beside the original with zeros in place of what was
-    removed, which has to give the same; the accuracy that pruning costs is another matter. With --calibrate, which
-    needs no labels, layers are fitted to what the original computes; importance by activation or taylor needs it too.
+    --structured makes every tensor smaller and the model faster; --low-rank makes large products faster. Zeros, clipped
+    and shared values make no kernel faster here: files compress better, and other tools may use them. Names in --layer
+    may have wildcards. A structured result is run beside the original with zeros in place of what was removed, which
+    has to give the same; the accuracy that pruning costs is another matter. With --calibrate, which needs no labels,
+    layers are fitted to what the original computes; importance by activation or taylor needs it too.
 
     \b
     Examples:
       optc prune model.onnx --structured 50% -o small.onnx
       optc prune model.onnx --structured 50% --calibrate images/ -o small.onnx
+      optc prune model.onnx --sparsity 2:4 -o sparse.onnx
+      optc prune model.onnx --low-rank 2% --calibrate samples.npz -o small.onnx
       optc prune model.onnx --structured 30% --scope global --layer 'stem*=0' -o small.onnx
     """
     from rich.console import Console
@@ -64,12 +80,18 @@ def command(
 
     if output.suffix != ".onnx":
         raise UsageError(f"{output}: the output of `optc prune` is an .onnx file")
-    how = Structured(structured, scope, importance, multiple, layers=dict(map(_layer, layers)))
+    if structured is None and (layers or importance != "l2"):
+        raise UsageError("--layer and --importance speak about --structured")
+    how = Structured(structured or 0.0, scope, importance, multiple, layers=dict(map(_layer, layers)))
     console = Console(stderr=True)
     with console.status("starting") as status:
         result = prune(
             model,
-            structured=how,
+            structured=how if structured is not None else None,
+            low_rank=low_rank,
+            zeros=_zeros(magnitude, block, sparsity, scope),
+            clip=clip,
+            cluster=cluster,
             calibrate=calibrate,
             samples=samples,
             recover=not no_recover,
@@ -82,6 +104,27 @@ def command(
         print_json({"output": str(output), **result.report})
     else:
         _show(console, output, result.report)
+
+
+def _zeros(share: float | None, block: str | None, sparsity: str | None, scope: str) -> Any:
+    from optc.compression.prune import Zeros
+
+    if share is not None and sparsity is not None:
+        raise UsageError("--magnitude and --sparsity exclude each other")
+    if sparsity is not None:
+        return Zeros(of=_pair(sparsity, ":", "--sparsity 2:4"))
+    if share is None:
+        if block is not None:
+            raise UsageError("--block speaks about --magnitude")
+        return None
+    return Zeros(share, block=_pair(block, "x", "--block 4x8") if block is not None else (1, 1), scope=scope)
+
+
+def _pair(text: str, separator: str, example: str) -> tuple[int, int]:
+    first, _, second = text.partition(separator)
+    if not (first.isdigit() and second.isdigit()):
+        raise UsageError(f"'{text}' is no pair of numbers; write {example}")
+    return int(first), int(second)
 
 
 def _layer(text: str) -> tuple[str, float]:
@@ -98,15 +141,27 @@ def _show(console: Any, output: Path, report: dict[str, Any]) -> None:
     table = Table(title=f"{output}")
     for header in ("what", "units", "tensors"):
         table.add_column(header, justify="left" if header == "what" else "right")
-    for family in report["families"]:
+    for family in report.get("families", ()):
         units = f"{family['before']} -> {family['after']}"
         table.add_row(escape(family["name"]), units, str(len(family["weights"])))
-    console.print(table)
-    for kept in report["untouched"]:
+    if table.rows:
+        console.print(table)
+    for layer in report.get("low_rank", ()):
+        what = f"rank {layer['rank']}, error {layer['error']:.1%}" if layer["rank"] else "left alone: it would not pay"
+        console.print(f"{escape(layer['name'])} [{layer['features']}, {layer['columns']}]: {what}", highlight=False)
+    if "zeros" in report:
+        tensors = report["zeros"]["tensors"]
+        total = sum(t["size"] for t in tensors) or 1
+        share = sum(t["zeros"] * t["size"] for t in tensors) / total
+        console.print(f"zeros: {share:.1%} of {total:,} weights; {report['zeros']['note']}", highlight=False)
+    for key in ("clipped", "clustered"):
+        if key in report:
+            console.print(f"{key}: {report[key]:,} weights changed")
+    for kept in report.get("untouched", ()):
         why = kept["reasons"][0] if kept["reasons"] else "coupled with sizes that have to stay"
         console.print(f"left alone: {escape(kept['name'])} ({kept['size']}): {escape(why)}", highlight=False)
     for name in ("parameters", "flops"):
-        before, after = report[name]
+        before, after = report.get(name, (None, None))
         if before:
             console.print(f"{name}: {before:,} -> {after:,} ({after / before:.0%})")
     for fit in report.get("recovery", ()):

@@ -13,16 +13,30 @@ from optc import verification
 from optc.compression import data
 from optc.compression.reconstruct import reconstruct
 from optc.compression.saliency import saliency as measure
+from optc.compression.saliency import second_moments
 from optc.driver import Trace, specs, verify_artifact
 from optc.errors import UsageError
 from optc.passes import fuse, pipeline
+from optc.passes.prune import sparse
 from optc.passes.prune import structured as passes
 from optc.passes.prune.importance import DATA_CRITERIA
+from optc.passes.prune.low_rank import factor
+from optc.passes.prune.permute import permute
 from optc.passes.prune.select import Structured
 from optc.source import capture
 
 TOLERANCE = 1e-5
 """Largest difference from the masked original, relative to the output: both compute the same sums."""
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Which weights are zero: a ``share`` of them, in blocks of (features, columns), or all but n ``of`` m."""
+
+    share: float = 0.0
+    of: tuple[int, int] | None = None
+    block: tuple[int, int] = (1, 1)
+    scope: str = "layer"
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,11 @@ def prune(
     path_or_model: Any,
     example_inputs: Sequence[Any] | None = None,
     *,
-    structured: float | Structured,
+    structured: float | Structured | None = None,
+    low_rank: float | None = None,
+    zeros: Zeros | None = None,
+    clip: float | None = None,
+    cluster: int | None = None,
     calibrate: Any = None,
     samples: int = 128,
     recover: bool = True,
@@ -48,12 +66,16 @@ def prune(
     verify: bool = True,
     trace: Trace | None = None,
 ) -> Pruning:
-    """Remove channels, neurons, heads and groups from a model; the result is smaller, and portable ONNX.
+    """Make a model smaller: the result is portable ONNX. What is asked for is done in the order of the arguments.
 
     Args:
         path_or_model: see ``optc.capture``.
         example_inputs: the positional inputs that an ``nn.Module`` is captured with.
-        structured: the share that goes, or how to choose what goes.
+        structured: the share of channels, neurons, heads and groups that is removed, or how to choose them.
+        low_rank: products with constant weights become two where that pays, losing this share of the squared norm.
+        zeros: single weights, N of M, or blocks are zero.
+        clip: bound weights by this percentile of the magnitudes of their tensor.
+        cluster: the weights of a tensor share so many values.
         calibrate: samples of the inputs; see ``optc.compression.data.load``. No labels are needed.
         samples: how many of them to use at most.
         recover: fit what is left to the original's activations on these samples.
@@ -69,7 +91,9 @@ def prune(
         UsageError, InputError, InvalidModelError, UnsupportedModelError, AccuracyError.
     """
     trace = trace or Trace()
-    how = structured if isinstance(structured, Structured) else Structured(structured)
+    how = structured if isinstance(structured, Structured) else Structured(structured or 0.0)
+    if all(option is None for option in (structured, low_rank, zeros, clip, cluster)):
+        raise UsageError("nothing to do", hint="--structured 50%, --low-rank 5%, --magnitude 80%, --sparsity 2:4, …")
     if how.criterion in DATA_CRITERIA and calibrate is None and saliency is None:
         raise UsageError(f"importance by {how.criterion} needs calibration data", hint="give some with --calibrate")
     with trace.stage("capture"):
@@ -83,6 +107,32 @@ def prune(
     calls = data.load(calibrate, specs(model.graph.inputs), limit=samples).calls if calibrate is not None else ()
     with trace.stage("optimize"):
         normalized(model)
+    report: dict[str, Any] = {}
+    if structured is not None:
+        report = _structured(model, how, calls, saliency, verify=verify, recover=recover, trace=trace)
+    with trace.stage("weights"):
+        moments = second_moments(model, calls) if calls and low_rank is not None else None
+        if low_rank is not None:
+            report["low_rank"] = [asdict(layer) for layer in factor(model, low_rank, moments=moments)]
+        if zeros is not None:
+            report["zeros"] = _zeros(model, zeros, saliency)
+        if clip is not None:
+            report["clipped"] = sparse.clip(model, clip)
+        if cluster is not None:
+            report["clustered"] = sparse.cluster(model, cluster)
+    return Pruning(model, report)
+
+
+def _structured(
+    model: oir.Model,
+    how: Structured,
+    calls: Sequence[Mapping[str, np.ndarray]],
+    saliency: Mapping[str, np.ndarray] | None,
+    *,
+    verify: bool,
+    recover: bool,
+    trace: Trace,
+) -> dict[str, Any]:
     original, zero = model.clone(), model.clone() if verify else None
     if how.criterion in DATA_CRITERIA and saliency is None:
         with trace.stage("measure activations"):
@@ -97,7 +147,18 @@ def prune(
         with trace.stage("recover"):
             fits = reconstruct(original, model, outcome.kept, calls, progress=trace.progress)
         report["recovery"] = [asdict(fit) for fit in fits]
-    return Pruning(model, report)
+    return report
+
+
+def _zeros(model: oir.Model, how: Zeros, saliency: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+    permuted = 0
+    if how.of is not None:
+        permuted = permute(model, *how.of, saliency=saliency)
+        found = sparse.n_of_m(model, *how.of, saliency=saliency)
+    else:
+        found = sparse.magnitude(model, how.share, scope=how.scope, block=how.block, saliency=saliency)
+    note = "zeros make no kernel faster here: kernels are dense; they make the file compress better"
+    return {"tensors": [asdict(tensor) for tensor in found], "permuted_families": permuted, "note": note}
 
 
 def normalized(model: oir.Model) -> None:

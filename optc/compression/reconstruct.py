@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as oir
 
-from optc.compression.layers import Layer, find, shift
 from optc.compression.stages import Stages, bound
+from optc.passes.prune.layers import Layer, find, shift
 
 ROWS_PER_FEATURE = 8
 LEAST_ROWS = 4096

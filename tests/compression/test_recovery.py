@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optc
-from optc.compression.layers import find, shift
 from optc.compression.prune import normalized
 from optc.compression.reconstruct import reconstruct
 from optc.compression.saliency import saliency
 from optc.compression.stages import Stages, bound
 from optc.errors import UsageError
+from optc.passes.prune.layers import find, shift
 from optc.passes.prune.select import Structured
 from optc.passes.prune.structured import prune
 from optc.peers import OnnxRuntime

@@ -50,6 +50,22 @@ def test_compile_can_prune_first(mlp, tmp_path):
     assert summary["report"]["verification"]["outputs"][0]["relative"] < 1e-5
 
 
+def test_values_of_weights(mlp, tmp_path):
+    out = tmp_path / "sparse.onnx"
+    report = json.loads(invoke("prune", mlp, "--sparsity", "2:4", "--clip", 99, "--cluster", 8, "-o", out, "--json"))
+    assert [t["zeros"] for t in report["zeros"]["tensors"]] == [0.5, 0.5]
+    assert report["clustered"] and report["clipped"]
+    for tensor in onnx.load(out).graph.initializer:
+        if len(tensor.dims) == 2:
+            assert len(np.unique(onnx.numpy_helper.to_array(tensor))) <= 9
+    report = json.loads(invoke("prune", mlp, "--magnitude", "50%", "--block", "4x2", "-o", out, "--json"))
+    assert [t["zeros"] for t in report["zeros"]["tensors"]] == [0.5, 0.5]
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((20, 1, 8)).astype(np.float32))
+    options = ["--low-rank", "5%", "--calibrate", tmp_path / "x.npz"]
+    assert json.loads(invoke("prune", mlp, *options, "-o", out, "--json"))["low_rank"] == []
+    invoke("prune", mlp, "--sparsity", "2:4", "--cluster", 4, "--structured", "25%", "-o", out)
+
+
 def test_errors(mlp, tmp_path):
     out = tmp_path / "small.onnx"
     assert "an .onnx file" in invoke("prune", mlp, "--structured", "50%", "-o", tmp_path / "a.optc", error=UsageError)
@@ -60,6 +76,11 @@ def test_errors(mlp, tmp_path):
         "prune", mlp, "--structured", "1%", "--layer", "5%", "-o", out, error=UsageError
     )
     assert "--prune" in invoke("compile", mlp, "--prune", "50%", "--tune", "1s", error=UsageError)
+    assert "nothing to do" in invoke("prune", mlp, "-o", out, error=UsageError)
+    assert "exclude" in invoke("prune", mlp, "--magnitude", "5%", "--sparsity", "2:4", "-o", out, error=UsageError)
+    assert "pair of numbers" in invoke("prune", mlp, "--sparsity", "half", "-o", out, error=UsageError)
+    assert "--block" in invoke("prune", mlp, "--block", "4x4", "--clip", 99, "-o", out, error=UsageError)
+    assert "--layer" in invoke("prune", mlp, "--layer", "w1=5%", "--clip", 99, "-o", out, error=UsageError)
     assert not list(tmp_path.iterdir())
 
 

@@ -46,9 +46,12 @@ class Layer:
         """Return the weights as [features, columns]; the features of a Conv are channels, then places of the kernel."""
         array = constant(self.weight)
         assert array is not None
+        return self.as_matrix(array)
+
+    def as_matrix(self, array: np.ndarray) -> np.ndarray:
+        """Return something in the shape of the weights as [features, columns]."""
         flat = array.reshape(array.shape[0], -1)
-        matrix: np.ndarray = flat.T if self._columns_first else flat
-        return matrix
+        return flat.T if self._columns_first else flat
 
     def bias(self) -> np.ndarray | float:
         """Return what the layer itself adds to its columns."""
@@ -144,7 +147,7 @@ def shift(model: oir.Model, node: oir.Node, amount: np.ndarray) -> None:
     if bias is not None and known is not None and len(bias.uses()) == 1:
         bias.const_value = oir.tensor(known + amount.astype(known.dtype), name=bias.name)
         return
-    value = _initializer(model, f"{node.name}.shift", amount)
+    value = initializer(model, f"{node.name}.shift", amount)
     if node.op_type != "MatMul" and bias is None:
         if len(node.inputs) < 3:
             node.resize_inputs(3)
@@ -158,7 +161,8 @@ def shift(model: oir.Model, node: oir.Node, amount: np.ndarray) -> None:
     _add_after(model, node, value)
 
 
-def _initializer(model: oir.Model, name: str, array: np.ndarray) -> oir.Value:
+def initializer(model: oir.Model, name: str, array: np.ndarray) -> oir.Value:
+    """Add float32 weights to a model."""
     tensor = oir.tensor(np.ascontiguousarray(array, dtype=np.float32), name=name)
     value = oir.Value(name=name, shape=oir.Shape(array.shape), type=oir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.initializers.add(value)
