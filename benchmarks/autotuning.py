@@ -94,7 +94,7 @@ def main() -> None:
     if options.part == "tune":
         arguments = [f"--input-shape={name}:{','.join(map(str, shape))}" for name, shape in shapes.items()]
         plot = FOLDER / f"{options.name}.svg"
-        command = [sys.executable, "-m", "optc.cli", "tune", str(file), "--log", str(log), "--time", options.time]
+        command = [sys.executable, "-m", "optc", "tune", str(file), "--log", str(log), "--time", options.time]
         subprocess.run([*command, "--plot", str(plot), *arguments], check=True)
     elif options.part == "compile":
         print(json.dumps({"name": options.name, **compile_times(file, shapes, log)}))

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from optc.cli import VERBS, cli
 
-OPTC = [sys.executable, "-m", "optc.cli"]
+OPTC = [sys.executable, "-m", "optc"]
 
 
 def run(*arguments, check=0, **options):

@@ -1,5 +1,0 @@
-"""``python -m optc.cli`` is ``optc``."""
-
-from optc.cli import main
-
-main()
