@@ -19,6 +19,7 @@ _HOME = {
     "optimize": "optc.driver",
     "check": "optc.driver",
     "quantize": "optc.compression.quantize",
+    "sensitivity": "optc.compression.sensitivity",
     "capture": "optc.source",
     "prune": "optc.compression.prune",
     "load": "optc.runtime",
@@ -27,12 +28,25 @@ _HOME = {
     "OptcError": "optc.errors",
 }
 
-__all__ = ["Artifact", "Model", "OptcError", "capture", "check", "compile", "load", "optimize", "prune", "quantize"]
+__all__ = [
+    "Artifact",
+    "Model",
+    "OptcError",
+    "capture",
+    "check",
+    "compile",
+    "load",
+    "optimize",
+    "prune",
+    "quantize",
+    "sensitivity",
+]
 
 if TYPE_CHECKING:
     from optc.backends.artifact import Artifact
     from optc.compression.prune import prune
     from optc.compression.quantize import quantize
+    from optc.compression.sensitivity import sensitivity
     from optc.driver import check, compile, optimize
     from optc.errors import OptcError
     from optc.runtime import Model, load

@@ -20,6 +20,7 @@ VERBS = {
     "bench": "Time an artifact, side by side with other programs.",
     "inspect": "Show what is inside a model or an artifact.",
     "check": "List everything in a model that is not supported, without compiling.",
+    "sensitivity": "Show what quantizing each layer alone costs in accuracy.",
     "quantize": "Quantize a model by calibration data; writes portable ONNX.",
     "optimize": "Run the graph passes only; writes portable ONNX.",
     "prune": "Remove channels, neurons and heads; writes smaller portable ONNX.",

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 import click
 
+from optc.cli.budget import budget_options, goal, write_plot
 from optc.cli.common import capture_arguments, capture_options, json_option, print_json
 from optc.errors import UsageError
 
+KIND_HELP = "int8 (default), int8-dynamic, int8-weights, int4-weights, float16 or bfloat16."
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -67,9 +69,8 @@ def quantization_arguments(kind: str, given: dict[str, Any]) -> dict[str, Any]:
 @click.command(name="quantize")
 @click.argument("model")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
-@click.option(
-    "--to", "kind", default="int8", help="int8 (default), int8-dynamic, int8-weights, int4-weights, float16, bfloat16."
-)
+@click.option("--to", "kind", default="int8", help=KIND_HELP)
+@budget_options
 @quantization_options
 @capture_options
 @json_option
@@ -90,6 +91,7 @@ def command(
       optc quantize model.onnx --calibrate mypackage.data:read --smooth 0.5 -o int8.onnx
       optc quantize model.onnx --to int4-weights --rounding gptq --calibrate samples.npz -o int4.onnx
       optc quantize model.onnx --to float16 -o half.onnx
+      optc quantize model.onnx --calibrate x.npz --labels y.npy --max-drop 0.5% --journal run.jsonl -o int8.onnx
     """
     from rich.console import Console
 
@@ -100,15 +102,20 @@ def command(
         raise UsageError(f"{output}: the output of `optc quantize` is an .onnx file")
     if not output.parent.is_dir():
         raise UsageError(f"the folder of {output} does not exist")
+    wanted = goal(given)
     console = Console(stderr=True)
     with console.status("starting") as status:
         result = quantize(
             model,
+            goal=wanted,
+            evaluation=given["evaluation"],
             progress=lambda text: status.update(f"[bold]{text}[/]"),
             **quantization_arguments(kind, given),
             **capture_arguments(input_shapes, dims),
         )
         serialize.save(result.model, output)
+        if given["plot"] is not None:
+            write_plot(given["plot"], result.report["search"])
     if as_json:
         print_json({"output": str(output), **result.report})
         return
@@ -127,3 +134,10 @@ def show(console: Any, output: str, report: dict[str, Any]) -> None:
     for layer in report["layers"]:
         table.add_row(escape(layer["name"]), layer["operator"], f"{layer['weights']:,}", layer["to"])
     console.print(table)
+    found = report.get("search")
+    if found is not None:
+        budget = found["budget"]
+        console.print(
+            f"{budget['metric']}: loses {found['loss']:.4g} of {budget['limit']:g} allowed; "
+            f"{found['evaluations']} mixtures tried, {found['resumed']} of them known before"
+        )

@@ -12,9 +12,11 @@ import onnx_ir as oir
 
 from optc import driver
 from optc.compression import data
+from optc.compression.budget import Goal, Trial, search
 from optc.compression.observe import Inside, Progress, histograms, observe
 from optc.compression.options import Options
 from optc.compression.statistics import ChannelMean, ChannelReach, Extremes, Gram
+from optc.compression.switchboard import Mixture
 from optc.errors import UnsupportedModelError, UsageError
 from optc.ir import serialize
 from optc.passes.base import Pass
@@ -46,6 +48,8 @@ def quantize(
     input_shapes: Mapping[str, Sequence[int | str]] | None = None,
     dims: Mapping[str, int] | None = None,
     limit: int = data.LIMIT,
+    goal: Goal | None = None,
+    evaluation: Any = None,
     target: str = "cpu",
     progress: Progress = lambda _: None,
 ) -> Quantized:
@@ -59,13 +63,16 @@ def quantize(
         options: what to do; int8 with the defaults of ``Options`` if left out.
         calibrate: calibration data, see ``optc.compression.data.load``.
         limit: how many calibration samples to use at most.
+        goal: an accuracy budget; then only the layers are quantized that pay and fit, found by a search.
+        evaluation: data to evaluate with, like ``calibrate``, which is taken where this is left out.
         target: where the float32 model runs while it is calibrated: a target that is this machine.
         progress: is told what is done.
 
     Raises:
         UsageError, InputError: wrong options or calibration data; before anything that takes long.
         UnsupportedModelError: nothing to quantize.
-        AccuracyError: the float32 model itself computes values that are no finite numbers.
+        AccuracyError: the float32 model itself computes values that are no finite numbers, or nothing can be
+            quantized within the budget.
     """
     options = options or Options()
     if calibrate is None and options.needs_data:
@@ -77,9 +84,17 @@ def quantize(
     model = driver.optimize(path_or_model, example_inputs, input_shapes=input_shapes, dims=dims)
     selected(model, options.exclude)
     samples = None
+    specs = driver.specs(model.graph.inputs)
     if calibrate is not None:
-        samples = data.load(calibrate, driver.specs(model.graph.inputs), limit=limit)
-    return Quantizer(model, samples, target, progress).run(options)
+        samples = data.load(calibrate, specs, limit=limit)
+    quantizer = Quantizer(model, samples, target, progress)
+    if goal is None:
+        return quantizer.run(options)
+    judged = samples if evaluation is None else data.load(evaluation, specs, limit=limit)
+    trial = quantizer.trial(options, goal, judged)
+    result, searched = search(trial, goal, quantizer.shapes(), target, progress)
+    chosen = {name: row for name, row in searched["layers"].items() if row["why"] == "quantized"}
+    return Quantized(result, report(model, result, options, chosen) | {"search": searched})
 
 
 class Quantizer:
@@ -121,6 +136,34 @@ class Quantizer:
         result = model.clone() if model is self.model else model
         work.call(result)
         return Quantized(result, report(self.model, result, options, details))
+
+    def trial(self, options: Options, goal: Goal, samples: data.Samples | None = None) -> Trial:
+        """Return what evaluates mixtures of layers quantized as ``options`` say; on the calibration data by default.
+
+        Raises UsageError for a kind whose layers cannot be mixed with float32 ones.
+        """
+        names = frozenset(p.name for p in selected(self.model, options.exclude))
+        if options.kind != "int8" and not options.packs_weights:
+            raise UsageError(f"a budget is for int8, int8-weights and int4-weights, not for {options.kind}")
+        samples = samples or self.samples
+        if samples is None:
+            raise UsageError("there is no data to evaluate with", hint="give calibration data")
+        # Wrong labels are found before anything takes long.
+        goal.score(samples, [str(value.name) for value in self.model.graph.outputs])
+        model, key = self._rescaled(options)
+        if options.kind == "int8":
+            mixture = Mixture(model, self.plan(model, key, options, names))
+        else:
+            packed = self._packed(model, key, options, names)
+            matrices = {p.name for p in products(model)}
+            mixture = Mixture(model, None, {name: array for name, array in packed.items() if name in matrices})
+        return Trial(mixture, samples, goal, options, self.target, self.progress)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what products read in the first sample, by the product's name."""
+        inside, samples = self._look(self.model, "")
+        values = inside(samples.calls[0])
+        return {p.name: values[str(p.x.name)].shape for p in products(self.model)}
 
     def plan(self, model: oir.Model, key: str, options: Options, names: frozenset[str]) -> static.Plan:
         """Return the plan of static quantization."""

@@ -8,7 +8,7 @@ a product and the next rounding (activations, residual sums) stays in float32, w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as oir
@@ -48,21 +48,29 @@ class Plan:
     bits: int = 8
     per_channel: bool = True
 
+    def restricted(self, names: frozenset[str]) -> Plan:
+        """Return the plan for some of its products alone."""
+        return replace(self, products=self.products & names)
+
 
 def integers(found: Product, plan: Plan) -> weights.Integers:
     """Return the weights of a product as the plan has them."""
     given = plan.weights.get(found.name)
     if given is not None:
         return given
-    bias = plan.biases.get(found.name, constant(found.bias))
     return weights.per_channel(
         found.array(),
         found.channels,
         bits=plan.bits,
         single=not plan.per_channel,
-        bias=bias,
+        bias=bias(found, plan),
         x_scale=plan.encodings[str(found.x.name)].scale,
     )
+
+
+def bias(found: Product, plan: Plan) -> np.ndarray | None:
+    """Return the float32 bias of a product as the plan has it, None if there is none."""
+    return plan.biases.get(found.name, constant(found.bias))
 
 
 class StaticPass(Pass):
@@ -76,29 +84,30 @@ class StaticPass(Pass):
     def call(self, model: oir.Model) -> PassResult:
         """Insert the nodes, in place."""
         chosen = [found for found in products(model) if found.name in self.plan.products]
-        work = _Insertion(model, self.plan)
+        work = Placement(model, self.plan)
         for found in chosen:
-            work.product(found)
+            work.product(found, integers(found, self.plan), bias(found, self.plan))
         for value, read in list(work.rounded.items()):
             work.readers(value[0], read)
         return PassResult(bool(chosen), {"quantized": len(chosen)} if chosen else {})
 
 
-class _Insertion(Edit):
+class Placement(Edit):
+    """Puts the nodes of a plan into a model."""
+
     def __init__(self, model: oir.Model, plan: Plan) -> None:
         super().__init__(model, StaticPass.name)
         self.plan = plan
         self.rounded: dict[tuple[oir.Value, Encoding], oir.Value] = {}
         self.scalars: dict[Encoding, list[oir.Value]] = {}
 
-    def product(self, found: Product) -> None:
+    def product(self, found: Product, array: weights.Integers, bias: np.ndarray | None) -> None:
+        """Quantize what a product reads; ``array`` are its weights."""
         encoding = self.plan.encodings[str(found.x.name)]
-        array = integers(found, self.plan)
         node = found.node
         node.replace_input_with(0, self.round(found.x, encoding))
         node.replace_input_with(1, dequantized(self, found.weight, array, node))
         self.discard(found.weight)
-        bias = self.plan.biases.get(found.name, constant(found.bias))
         if found.bias is None or bias is None:
             return
         scale = np.asarray(np.float32(encoding.scale) * array.scale, np.float32)

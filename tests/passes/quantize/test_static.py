@@ -7,6 +7,7 @@ from optc.passes import pipeline
 from optc.passes.quantize.encoding import encode
 from optc.passes.quantize.products import products
 from optc.passes.quantize.static import Plan, StaticPass
+from optc.passes.quantize.switchable import SwitchablePass, switches
 
 F = np.float32
 
@@ -158,3 +159,28 @@ def test_what_is_no_product(build, weights):
     )
     assert not list(products(model))
     assert not StaticPass(Plan(frozenset(), {})).call(model).modified
+
+
+def test_a_switchable_model_is_any_mixture(build, run, verify, rng, weights):
+    model = build(
+        """(float[1,4,6,6] x) => (float[1,5] y) {
+        a = Conv(x, w, b) s = Add(a, x) r = Relu(s) f = Flatten(r) y = Gemm(f, v, d) }""",
+        w=weights(4, 4, 1, 1),
+        b=weights(4),
+        v=weights(144, 5),
+        d=weights(5),
+    )
+    feeds = {"x": rng.uniform(-1, 1, (1, 4, 6, 6)).astype(F)}
+    original = model.clone()
+    _, encodings = quantize(model, run, feeds, bits=4)
+    names = frozenset(p.name for p in products(original))
+    plan = Plan(names, encodings, bits=4)
+    switchable = original.clone()
+    SwitchablePass(plan).call(switchable)
+    verify(switchable)
+    for layers in ([], ["n0"], ["n4"], ["n0", "n4"]):
+        part = original.clone()
+        StaticPass(plan.restricted(frozenset(layers))).call(part)
+        (want,) = run(part, feeds)
+        (got,) = run(switchable, feeds | switches(original, names, frozenset(layers), True))
+        np.testing.assert_allclose(got, want, atol=1e-5)

@@ -1,0 +1,117 @@
+"""Which layers to compress: the cheapest mixture whose loss is within a budget.
+
+Each layer is tried alone first (its sensitivity). Then layers are taken in the order of loss for what they save, as
+many as the budget allows, found by bisection; then each one left over is tried once more, those that save most first:
+losses of layers do not add up exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from optc.compression.journal import Journal
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be compressed, and its cost (seconds or bytes) before and after."""
+
+    name: str
+    before: float
+    after: float
+
+    @property
+    def saved(self) -> float:
+        """What compressing it saves."""
+        return self.before - self.after
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mixture that was evaluated: the loss, and the cost of all layers."""
+
+    layers: frozenset[str]
+    loss: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The best mixture within the budget; None if nothing can be compressed within it."""
+
+    best: Point | None
+    points: tuple[Point, ...]
+    sensitivity: dict[str, float]
+
+    def front(self) -> list[Point]:
+        """Return the points that no other one beats in both loss and cost, by increasing cost."""
+        found: list[Point] = []
+        for point in sorted(self.points, key=lambda p: (p.cost, p.loss)):
+            if not found or point.loss < found[-1].loss:
+                found.append(point)
+        return found
+
+
+class Search:
+    """Evaluates mixtures of ``layers`` with ``evaluate``, which returns the loss with a set of them compressed."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        evaluate: Callable[[frozenset[str]], float],
+        journal: Journal | None = None,
+        progress: Progress = lambda _: None,
+    ) -> None:
+        self.layers, self._evaluate = tuple(layers), evaluate
+        self._journal = journal or Journal(None, "")
+        self._progress = progress
+        self._points: dict[frozenset[str], Point] = {}
+
+    def loss(self, layers: frozenset[str]) -> float:
+        """Return the loss with ``layers`` compressed, evaluated if it is not known yet."""
+        if layers not in self._points:
+            known = self._journal.losses.get(layers)
+            if known is None:
+                self._progress(f"evaluation {len(self._points) + 1}: {len(layers)} of {len(self.layers)} layers")
+                known = self._evaluate(layers)
+                self._journal.add(layers, known)
+            self._points[layers] = Point(layers, known, self.cost(layers))
+        return self._points[layers].loss
+
+    def cost(self, layers: frozenset[str]) -> float:
+        """Return the cost of all layers with some of them compressed."""
+        return sum(layer.after if layer.name in layers else layer.before for layer in self.layers)
+
+    def sensitivity(self) -> dict[str, float]:
+        """Return the loss of compressing each layer alone."""
+        return {layer.name: self.loss(frozenset({layer.name})) for layer in self.layers}
+
+    def run(self, limit: float) -> Outcome:
+        """Search for the cheapest mixture with a loss of at most ``limit``."""
+        paying = [layer for layer in self.layers if layer.saved > 0]
+        alone = {layer.name: self.loss(frozenset({layer.name})) for layer in paying}
+        order = sorted(paying, key=lambda layer: max(alone[layer.name], 0.0) / layer.saved)
+        chosen = self._prefix([layer.name for layer in order], limit)
+        for layer in sorted(order, key=lambda layer: -layer.saved):
+            wider = chosen | {layer.name}
+            if layer.name not in chosen and self.loss(wider) <= limit:
+                chosen = wider
+        inside = [p for p in self._points.values() if p.layers and p.loss <= limit]
+        best = min(inside, key=lambda p: (p.cost, p.loss), default=None)
+        return Outcome(best, tuple(self._points.values()), alone)
+
+    def _prefix(self, order: Sequence[str], limit: float) -> frozenset[str]:
+        """Return as many of the first layers as fit, by bisection, the whole first."""
+        if order and self.loss(frozenset(order)) <= limit:
+            return frozenset(order)
+        fits, over = 0, len(order)
+        while over - fits > 1:
+            middle = (fits + over) // 2
+            if self.loss(frozenset(order[:middle])) <= limit:
+                fits = middle
+            else:
+                over = middle
+        return frozenset(order[:fits])
