@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from optc.training.capture import Program
+from optc.training.capture import Program, placed
 
 # They write to their running statistics in training mode, which their schemas do not say.
 _WRITES = {"aten::batch_norm": (3, 4), "aten::instance_norm": (3, 4), "aten::_batch_norm_impl_index": (3, 4)}
@@ -56,22 +56,26 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return context
 
 
-def analyse(program: Program, dtype: torch.dtype | None = None) -> dict[fx.Node, Facts]:
-    """Facts of every node but the output, under autocast to ``dtype`` if it is given."""
+def analyse(
+    program: Program, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> dict[fx.Node, Facts]:
+    """Facts of every node but the output, under autocast to ``dtype`` if it is given.
+
+    Autocast treats operators differently on different kinds of ``device``; it is that of the examples by default.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    interpreter = _Fake(program.root, mode)
-    examples = [mode.from_tensor(tensor.detach()) for tensor in program.examples]
-    device = program.examples[0].device
+    device = device or program.examples[0].device
+    interpreter = _Fake(program.root, mode, device)
     with mode, torch.enable_grad(), autocast(device, dtype):
-        interpreter.run(*examples)
+        interpreter.run(*(mode.from_tensor(tensor.detach()).to(device) for tensor in program.examples))
     return interpreter.facts
 
 
 class _Fake(fx.Interpreter):
-    def __init__(self, root: fx.GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(self, root: fx.GraphModule, mode: FakeTensorMode, device: torch.device) -> None:
         super().__init__(root, garbage_collect_values=False)
         self.facts: dict[fx.Node, Facts] = {}
-        self._mode = mode
+        self._mode, self._device = mode, device
         self._weights: dict[int, Any] = {}
         self._storages: dict[StorageWeakRef, int] = {}
 
@@ -80,8 +84,11 @@ class _Fake(fx.Interpreter):
         if not isinstance(found, torch.Tensor):
             return found
         if id(found) not in self._weights:
-            self._weights[id(found)] = self._mode.from_tensor(found)
+            self._weights[id(found)] = self._mode.from_tensor(found).to(self._device)
         return self._weights[id(found)]
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        return placed(super().fetch_args_kwargs_from_env(n), self._device)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "output":

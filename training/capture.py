@@ -42,13 +42,22 @@ class Program:
         return self.root.graph
 
     def fingerprint(self) -> str:
-        """Hash of the operators, their names and the input shapes; equal for equal models, not for their weights."""
+        """Hash of the operators, their names and the input shapes; the same for any weights and on any device."""
         digest = hashlib.sha256()
         for node in self.graph.nodes:
-            digest.update(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}\n".encode())
+            args, kwargs = placed((node.args, node.kwargs), None)
+            digest.update(f"{node.op} {node.name} {node.target} {args} {kwargs}\n".encode())
         for tensor in self.examples:
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
         return digest.hexdigest()[:16]
+
+
+def placed(arguments: Any, device: torch.device | None) -> Any:
+    """Arguments of operators with ``device`` for every device among them: a program may run where it was not captured.
+
+    Export writes the device of the example inputs into operators such as ``arange``.
+    """
+    return fx.node.map_aggregate(arguments, lambda leaf: device if isinstance(leaf, torch.device) else leaf)
 
 
 def as_tuple(inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -92,7 +101,7 @@ def capture(module: torch.nn.Module, example_inputs: Any) -> Program:
     assert out_spec is not None
     _clean(root)
     _refuse_dynamic(root)
-    return Program(root, examples, out_spec, _canonical_names(module))
+    return Program(root, examples, out_spec, canonical_names(module))
 
 
 def _clean(root: fx.GraphModule) -> None:
@@ -124,7 +133,8 @@ def _refuse_dynamic(root: fx.GraphModule) -> None:
         )
 
 
-def _canonical_names(module: torch.nn.Module) -> dict[str, str]:
+def canonical_names(module: torch.nn.Module) -> dict[str, str]:
+    """The first name of the same tensor, for every name of a parameter or buffer."""
     first: dict[int, str] = {}
     names = {}
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from optc.errors import CheckpointError
+from optc.training.capture import canonical_names
+from optc.training.distributed import agree
 
 FORMAT = 1
 LATEST = "latest"
@@ -39,15 +41,13 @@ def save(
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
-    if rank == 0:
+
+    def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-    _barrier()
-    try:
-        dcp.save(dict(tensors), checkpoint_id=partial)
-    except Exception as error:  # the writer wraps what each rank met
-        raise CheckpointError(f"cannot write {partial}: {_innermost(error)}") from error
-    if rank == 0:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+    def finish() -> None:
         content = {"format": FORMAT, "step": step, **info}
         (partial / _INFO).write_text(json.dumps(content), encoding="utf-8")
         for path in partial.iterdir():
@@ -60,8 +60,27 @@ def save(
         complete = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
         for old in complete[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-    _barrier()
+
+    _first_rank(prepare, rank, folder)
+    try:
+        dcp.save(dict(tensors), checkpoint_id=partial)
+    except CheckpointException as error:  # what any rank met; a rank that is gone is another error
+        raise CheckpointError(f"cannot write {partial}: {_reason(error)}") from error
+    _first_rank(finish, rank, folder)
     return final
+
+
+def _first_rank(action: Callable[[], None], rank: int, folder: Path) -> None:
+    """Let rank 0 act while the others wait; they all learn that it could not."""
+    failure = None
+    if rank == 0:
+        try:
+            action()
+        except (OSError, TypeError) as error:  # the disk, or something in `info` that is no JSON
+            failure = CheckpointError(f"cannot write to {folder}: {error}")
+    failure = agree(failure)
+    if failure is not None:
+        raise failure
 
 
 def latest(folder: Path) -> Path | None:
@@ -101,7 +120,7 @@ def shapes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     try:
         metadata = dcp.FileSystemReader(path).read_metadata()
     except Exception as error:  # torch raises whatever its unpickler met
-        raise CheckpointError(f"{path}: cannot read its metadata: {_innermost(error)}") from error
+        raise CheckpointError(f"{path}: cannot read its metadata: {error!r}") from error
     return {
         name: (tuple(entry.size), entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
@@ -121,33 +140,20 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise CheckpointError(f"{path} belongs to another model: {described}")
     try:
         dcp.load(dict(tensors), checkpoint_id=path)
-    except Exception as error:
-        raise CheckpointError(f"cannot read {path}: {_innermost(error)}") from error
+    except CheckpointException as error:
+        raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
 
 
 def load_weights(path: Path, module: torch.nn.Module) -> None:
     """Read the weights of a checkpoint into ``module``, merged from all stages; needs no process group."""
+    first = canonical_names(module)
     state = module.state_dict(keep_vars=True)
-    first: dict[int, str] = {}
-    for name, tensor in [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]:
-        first.setdefault(id(tensor), name)
-    wanted = {f"model/{first.get(id(tensor), name)}": tensor.detach() for name, tensor in state.items()}
-    load(find(path), wanted)
+    load(find(path), {f"model/{first.get(name, name)}": tensor.detach() for name, tensor in state.items()})
 
 
-def _innermost(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _reason(error: CheckpointException) -> str:
+    rank, (failure, _) = min(error.failures.items())
+    return f"{failure!r} on rank {rank}"
 
 
 def _replace(path: Path, text: str) -> None:

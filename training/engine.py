@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+from optc.training.backward import input_gradients, weight_gradients
 from optc.training.distributed import World
 from optc.training.randomness import Clock
 from optc.training.schedules import Schedule
 from optc.training.stages import Stage
-from optc.training.watch import Watch
+from optc.training.watch import WAITING, Watch
 
 # Loss of one microbatch: the last stage's tensors and the number of the microbatch.
 MicrobatchLoss = Callable[[Any, int], torch.Tensor]
@@ -48,6 +50,27 @@ class _RelayStage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self._watch.doing(f"weight gradients of stage {self.stage_index}, microbatch {bwd_chunk_id}"):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], **options: Any) -> Any:
+        """Split the backward pass in our own way; whole ones stay torch's."""
+        if backward_type == "full":
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, **options)
+        if isinstance(self.submod, FSDPModule):
+            # As torch does: the schedule reduces when all microbatches are done.
+            self.submod.set_is_last_backward(False)
+            self.submod.set_reshard_after_backward(False)
+            self.submod.set_requires_gradient_sync(False)
+        if backward_type == "weight":
+            weight_gradients(bwd_kwargs["param_groups"])
+            return (), None
+        outputs, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
+        # The last stage's only output is its loss.
+        gradients = [torch.ones_like(outputs[0])] if gradients is None else gradients
+        found = input_gradients(outputs, gradients, bwd_kwargs["input_values"], self.submod.parameters())
+        for output in outputs:
+            if not output._is_view():
+                output.detach_()  # what only the way to the inputs needed can go
+        return found
 
 
 class Engine:
@@ -89,7 +112,7 @@ class Engine:
         arguments = inputs if self.first else ()
         # The numbers of the microbatches travel as targets; the targets themselves can then be anything.
         target = torch.arange(self._microbatches) if self.last else None
-        self._watch.note("waiting for other ranks")
+        self._watch.note(WAITING)
         self._schedule.step(*arguments, target=target, return_outputs=False)
 
     def _microbatch_loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
@@ -106,5 +129,7 @@ class Engine:
             self._clock.microbatch = self._world.dp_rank * self._microbatches + index
             if sharded:
                 module.set_requires_gradient_sync(index == self._microbatches - 1)
-            output = module(*(part[index] for part in parts))
-            (self._loss(output, index) / self._microbatches).backward()
+            # Sharded weights are gathered on the way.
+            with self._watch.doing(f"forward and backward of microbatch {index}", talks=sharded):
+                output = module(*(part[index] for part in parts))
+                (self._loss(output, index) / self._microbatches).backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from optc.training.distributed import World
+
+_BUCKET = 2**25  # bytes
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,32 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def average_over_replicas(owned: Iterable[Owned], world: World) -> None:
-    """Replace gradients by their mean over dp, in one reduction per dtype."""
-    gradients = [local(item.parameter.grad) for item in owned if item.parameter.grad is not None]
-    for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
-        same = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = torch.cat([gradient.reshape(-1) for gradient in same])
+    """Replace gradients by their mean over dp, several small ones in one reduction.
+
+    DistributedDataParallel would do so during the last backward pass, but it follows one module through one backward
+    pass: it can serve neither the several stages of a rank nor gradients of inputs and of weights that come apart.
+    """
+    for bucket in _buckets([item.parameter.grad for item in owned if item.parameter.grad is not None]):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         dist.all_reduce(flat, group=world.dp_group)
         flat /= world.dp
-        parts = flat.split([gradient.numel() for gradient in same])
-        for gradient, part in zip(same, parts, strict=True):
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        for gradient, part in zip(bucket, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of one dtype, together little more than _BUCKET bytes: what is copied to be sent stays small."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and (size >= _BUCKET or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
 
 
 def sum_tied(owned: Iterable[Owned], groups: dict[str, Any]) -> None:

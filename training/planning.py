@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -103,7 +104,9 @@ class Plan:
         """The layout of ``module``, which must be the model that the plan was made for."""
         if self.layout is not None and self.module is module:
             return self.layout
-        examples = tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in self.inputs)
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        examples = tuple(torch.zeros(shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in self.inputs)
         program = capture(module, examples)
         if program.fingerprint() != self.fingerprint:
             raise UsageError(

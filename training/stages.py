@@ -8,6 +8,7 @@ has to be dense and owned by nobody else.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from optc.passes.partition.chain import segments
 from optc.training.analysis import Facts, autocast, is_random
+from optc.training.capture import placed
 from optc.training.linearize import Layout
 from optc.training.randomness import Clock, Seeded
 
@@ -41,6 +43,11 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def _finish(tensor: torch.Tensor) -> torch.Tensor:
+    # FSDP cannot watch over views; a product of three dimensions is one, too.
+    return _leave(tensor) if tensor._is_view() else tensor
+
+
 class Stage(torch.nn.Module):
     """One stage: ``body`` is the graph, whose weights are this stage's own and keep their original names.
 
@@ -54,13 +61,14 @@ class Stage(torch.nn.Module):
         outputs: tuple[torch.Tensor, ...],
         clock: Clock,
         *,
+        device: torch.device,
         dtype: torch.dtype | None,
         recompute: bool,
     ) -> None:
         super().__init__()
         self.body = body
         self.inputs, self.outputs = inputs, outputs
-        self._clock, self._dtype, self._recompute = clock, dtype, recompute
+        self._clock, self._device, self._dtype, self._recompute = clock, device, dtype, recompute
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         """Run the stage's units; returns a tensor, or a tuple of them."""
@@ -76,11 +84,8 @@ class Stage(torch.nn.Module):
         )
 
     def _run(self, moment: tuple[int, int, int], *tensors: torch.Tensor) -> Any:
-        with self._clock.at(moment), autocast(self._device(), self._dtype):
+        with self._clock.at(moment), autocast(self._device, self._dtype):
             return self.body(*tensors)
-
-    def _device(self) -> torch.device:
-        return next((tensor.device for tensor in self.body.parameters()), torch.device("cpu"))
 
 
 class _KeptBuffers(contextlib.AbstractContextManager["_KeptBuffers"]):
@@ -119,12 +124,13 @@ def build(
     sources = [n for n in program.graph.nodes if n.op == "placeholder"] if first else layout.crossing(start)
     targets = _output_tensors(layout) if last else layout.crossing(stop)
     graph, modules = _graph(layout, sources, layout.units[start:stop], targets, first, last, clock)
-    body = _own_weights(fx.GraphModule(_Root(program.root, modules), graph), device)
+    body = _own_weights(_place(fx.GraphModule(_Root(program.root, modules), graph), device), device)
     stage = Stage(
         body,
         tuple(_meta(facts, node, first) for node in sources),
         tuple(_meta(facts, node, False) for node in targets),
         clock,
+        device=device,
         dtype=dtype,
         recompute=recompute,
     )
@@ -181,22 +187,10 @@ def _graph(
             copies[unit] = graph.call_module(f"random_{unit.name}", args, kwargs)
         else:
             copies[unit] = graph.node_copy(unit, copy_of)
-    results = [copy_of(node) for node in targets]
-    # FSDP cannot watch over views, and what is sent must be dense.
-    results = [
-        copy if last and not _is_view(layout, node) else graph.call_function(_leave, (copy,))
-        for node, copy in zip(targets, results, strict=True)
-    ]
+    results = [graph.call_function(_finish if last else _leave, (copy_of(node),)) for node in targets]
     graph.output(tuple(results) if len(results) > 1 else results[0])
     graph.lint()
     return graph, modules
-
-
-def _is_view(layout: Layout, node: fx.Node) -> bool:
-    value = layout.facts[node].value
-    assert value is not None
-    others = (leaf for other, found in layout.facts.items() if other is not node for leaf in found.leaves)
-    return any(leaf.storage == value.storage for leaf in others)
 
 
 class _Root(torch.nn.Module):
@@ -214,14 +208,25 @@ class _Root(torch.nn.Module):
             self.add_module(name, module)
 
 
+def _place(body: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """Let operators make tensors on ``device``, also inside of branches and loops."""
+    for name, child in list(body.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(body, name, _place(copy.deepcopy(child), device))
+    for node in body.graph.nodes:
+        node.args, node.kwargs = placed((node.args, node.kwargs), device)
+    body.recompile()
+    return body
+
+
 def _own_weights(body: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """Replace the weights by copies on ``device``; one tensor under two names stays one."""
     copies: dict[int, torch.Tensor] = {}
     for module in body.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in copies:
-                copy = parameter.detach().to(device, copy=True)
-                copies[id(parameter)] = torch.nn.Parameter(copy, requires_grad=parameter.requires_grad)
+                owned = parameter.detach().to(device, copy=True)
+                copies[id(parameter)] = torch.nn.Parameter(owned, requires_grad=parameter.requires_grad)
             setattr(module, name, copies[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             if id(buffer) not in copies:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
-from optc.errors import CheckpointError, InputError, UsageError
+from optc.errors import CheckpointError, InputError, TrainingError, UsageError
 from optc.training import checkpoint, distributed, gradients
 from optc.training.analysis import analyse, autocast
 from optc.training.capture import as_tuple
@@ -20,7 +20,7 @@ from optc.training.engine import Engine
 from optc.training.planning import Plan
 from optc.training.randomness import Clock
 from optc.training.stages import Stage, build, restore_outputs
-from optc.training.watch import Watch
+from optc.training.watch import WAITING, Watch
 from optc.training.weights import (
     Weights,
     empty_optimizer_tensors,
@@ -93,7 +93,7 @@ class Trainer:
 
     def _build_stages(self) -> dict[int, Stage]:
         plan, layout = self.plan, self._layout
-        facts = layout.facts if self._dtype is None else analyse(layout.program, self._dtype)
+        facts = layout.facts if self._dtype is None else analyse(layout.program, self._dtype, self.world.device)
         cuts = plan.positions(layout)
         return {
             number: build(
@@ -132,20 +132,21 @@ class Trainer:
 
         Raises:
             InputError: the batch has another size or type than was planned.
+            TrainingError: the loss or, with ``clip``, the norm is not finite; weights are not updated. With ``fp16``
+                such a step is skipped instead, and the loss scaled less.
             RankFailureError: another rank died or hangs; the message names it.
         """
         arguments, split_targets = self._split(inputs, targets)
         self._watch.at_step(self.step_number)
         self._clock.step = self.step_number
-        with self._watch.guard():
-            self._watch.note("preparing a step")
+        with self._watch.guard("preparing a step", talks=False):
             for parameter in self._weights.parameters():
                 parameter.grad = None
             losses = self._forward_backward(arguments, split_targets)
             loss = self._reduce(losses)
+            self._refuse_not_finite("loss", loss)
             self._watch.note("updating weights")
             self._update()
-            self._watch.note("between steps")
         self.step_number += 1
         return loss
 
@@ -189,7 +190,7 @@ class Trainer:
     def _reduce(self, losses: list[float]) -> float:
         """Finish the gradients; return the loss of the whole step."""
         world, weights = self.world, self._weights
-        self._watch.note("waiting for other ranks")
+        self._watch.note(WAITING)
         if world.dp > 1 and not self._sharded:
             gradients.average_over_replicas(weights.owned, world)
         gradients.sum_tied(weights.owned, weights.tied)
@@ -198,22 +199,29 @@ class Trainer:
             dist.all_reduce(total)
         return float(total) / (self.plan.microbatches * world.dp)
 
+    def _refuse_not_finite(self, what: str, value: float) -> None:
+        if self._scaler is None and not math.isfinite(value):
+            raise TrainingError(
+                f"the {what} of step {self.step_number} is {value}; weights were not updated",
+                hint="resume from the last checkpoint with a smaller learning rate or with clip, and look at the batch",
+            )
+
     def _update(self) -> None:
         weights = self._weights
         finite = True
         if self._scaler is not None:
             gradients.scale(weights.owned, 1 / self._scaler.value)
         if self._clip is not None or self._scaler is not None:
-            self._watch.note("waiting for other ranks")
+            self._watch.note(WAITING)
             self.norm = gradients.global_norm(weights.owned, self.world, sharded=self._sharded)
+            self._refuse_not_finite("norm of the gradients", self.norm)
             finite = math.isfinite(self.norm)
             self._watch.note("updating weights")
         if self._clip is not None and finite and self.norm > self._clip:
             gradients.scale(weights.owned, self._clip / (self.norm + 1e-6))
         if self._scaler is not None:
             self._scaler.update(finite)
-        # Without a scaler nothing is skipped: a loss that is not finite shall be seen.
-        if self._optimizer is not None and (finite or self._scaler is None):
+        if self._optimizer is not None and finite:
             self._optimizer.step()
             self._apply_masks()
         if self._scheduler is not None:
@@ -255,12 +263,12 @@ class Trainer:
 
         Collective. Tied weights appear under their first name, weights without a gradient not at all.
         """
-        with self._watch.guard():
+        with self._watch.guard("gathering gradients"):
             return distributed.gather_tensors(self._weights.whole_gradients(), self.world)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All weights as ``module.state_dict()`` names them, on the CPU; on rank 0, empty elsewhere. Collective."""
-        with self._watch.guard():
+        with self._watch.guard("gathering weights"):
             found = distributed.gather_tensors(self._weights.whole(), self.world)
         if self.world.rank != 0:
             return {}
@@ -269,16 +277,29 @@ class Trainer:
         return {name: found.get(canonical.get(name, name), tensor.detach().cpu()) for name, tensor in state.items()}
 
     def save(self, extra: Mapping[str, Any] | None = None) -> Path:
-        """Write a checkpoint of this step; ``extra`` (JSON) comes back from ``resume``. Collective."""
+        """Write a checkpoint of this step; ``extra`` (JSON) comes back from ``resume``. Collective.
+
+        Raises:
+            UsageError: there is no folder for checkpoints.
+            TrainingError: weights are not finite; older checkpoints stay as they are.
+            CheckpointError: a rank cannot write.
+        """
         if self._folder is None:
             raise UsageError("there is no folder for checkpoints", hint="Trainer(…, checkpoints='folder')")
+        with self._watch.guard("looking at weights"):
+            broken = self._weights.not_finite()
+        if broken:
+            raise TrainingError(
+                f"after step {self.step_number} {len(broken)} weights are not finite: {', '.join(broken[:5])}",
+                hint="no checkpoint was written; resume from the last one with a smaller learning rate or with clip",
+            )
         tensors = {f"model/{name}": tensor for name, tensor in self._weights.tensors().items()}
         if self._optimizer is not None:
             state = optimizer_tensors(self._optimizer, self._weights.owned)
             tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
         tensors |= {f"mask/{name}": mask for name, mask in self._masks.items()}
         tensors |= self._unused()
-        with self._watch.guard():
+        with self._watch.guard("writing a checkpoint"):
             info = self._info() | {"extra": dict(extra or {})}
             return checkpoint.save(self._folder, self.step_number, tensors, info, rank=self.world.rank, keep=self._keep)
 
@@ -312,7 +333,7 @@ class Trainer:
         """
         if path is None and self._folder is None:
             raise UsageError("there is no folder for checkpoints", hint="Trainer(…, checkpoints='folder')")
-        with self._watch.guard():
+        with self._watch.guard("reading a checkpoint"):
             # One rank looks, so that all see the same one.
             found = distributed.agree(self._find(path))
             if isinstance(found, CheckpointError):

@@ -19,7 +19,8 @@ from optc.training import distributed
 WAITING = "waiting for other ranks"
 _FAILED = "failed"
 _BEAT = 0.5  # seconds
-_SILENCE = 3.0  # seconds without a beat after which a rank counts as stopped
+_SETTLE = 3.0  # seconds in which ranks that wait as well find out that they do so in vain
+_SILENCE = 10.0  # seconds without a beat after which a rank counts as stopped
 
 
 class Watch:
@@ -28,7 +29,7 @@ class Watch:
     def __init__(self, world: distributed.World) -> None:
         self._world = world
         self._step = 0
-        self._doing, self._since = "starting", time.monotonic()
+        self._doing, self._talks, self._since = "starting", False, time.monotonic()
         self._stop = threading.Event()
         self._store: Any = None
         if world.size > 1 and "MASTER_ADDR" in os.environ:
@@ -45,31 +46,33 @@ class Watch:
         """Note the number of the step that begins."""
         self._step = step
 
-    def note(self, doing: str) -> None:
-        """Say what this rank does from now on."""
-        self._doing, self._since = doing, time.monotonic()
+    def note(self, doing: str, *, talks: bool = False) -> None:
+        """Say what this rank does from now on; with ``talks``, other ranks can make it fail."""
+        self._doing, self._talks, self._since = doing, talks or doing == WAITING, time.monotonic()
 
     @contextlib.contextmanager
-    def doing(self, what: str) -> Iterator[None]:
+    def doing(self, what: str, *, talks: bool = False) -> Iterator[None]:
         """Say that this rank does ``what`` in the block, and waits for others after it."""
-        self.note(what)
+        self.note(what, talks=talks)
         yield
         self.note(WAITING)
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
-        """Raise RankFailureError, naming who is at fault, if communication fails in the block."""
+    def guard(self, what: str, *, talks: bool = True) -> Iterator[None]:
+        """Say that this rank does ``what``; RankFailureError, naming who is at fault, if communication fails."""
+        self.note(what, talks=talks)
         try:
             yield
         except RuntimeError as error:
             # What fails while this rank computes is its own fault, and says so itself.
-            if self._store is None or self._doing != WAITING:
+            if self._store is None or not self._talks:
                 raise
             self.note(_FAILED)
             raise RankFailureError(
                 f"rank {self._world.rank} waited in vain at step {self._step}: {self._diagnose()}",
                 hint="with --max-restarts, torchrun starts all ranks again, and they resume from the last checkpoint",
             ) from error
+        self.note("between steps")
 
     def _beat(self) -> None:
         count = 0
@@ -84,21 +87,29 @@ class Watch:
 
     def _diagnose(self) -> str:
         try:
-            before = self._states()
-            time.sleep(_SILENCE)
-            after = self._states()
+            before = after = self._states()
+            began = time.monotonic()
+            while (waited := time.monotonic() - began) < _SILENCE:
+                time.sleep(_BEAT)
+                after = self._states()
+                if waited > _SETTLE and not self._silent(before, after):
+                    break
         except RuntimeError as error:
             return f"the store of the run does not answer ({str(error).splitlines()[0]})"
         found = []
-        for rank, state in enumerate(after):
-            if rank == self._world.rank:
-                continue
-            if state is None or state == before[rank]:
-                doing = f", last seen {state[2]} at step {state[1]}" if state else ""
-                found.append(f"rank {rank} is dead or stopped{doing}")
-            elif state[2] not in (WAITING, _FAILED):
-                found.append(f"rank {rank} hangs: {state[2]} at step {state[1]} for {state[3]:.0f} s")
+        for rank in self._silent(before, after):
+            doing = f", last seen {after[rank][2]} at step {after[rank][1]}" if after[rank] else ""
+            found.append(f"rank {rank} is dead or stopped{doing}")
+        for rank in sorted({*range(self._world.size)} - {self._world.rank, *self._silent(before, after)}):
+            _, step, doing, seconds = after[rank]
+            if doing not in (WAITING, _FAILED):
+                found.append(f"rank {rank} hangs: {doing} at step {step} for {seconds:.0f} s")
         return "; ".join(found) or "all other ranks are alive and wait too"
+
+    def _silent(self, before: list[Any], after: list[Any]) -> list[int]:
+        """Other ranks of which nothing was heard between two looks at their states."""
+        others = (rank for rank in range(self._world.size) if rank != self._world.rank)
+        return [rank for rank in others if after[rank] is None or after[rank] == before[rank]]
 
     def _states(self) -> list[Any]:
         return [

@@ -95,6 +95,15 @@ class Weights:
         """Every weight of this rank, sharded ones as they are."""
         return {item.name: item.parameter.detach() for item in reversed(self.owned)} | self.frozen
 
+    def not_finite(self) -> list[str]:
+        """Names of the trained weights, of all ranks, that are infinite or NaN somewhere. Collective."""
+        mine = [item.name for item in self.owned if not bool(local(item.parameter.detach()).isfinite().all())]
+        everyone: list[list[str]] = [mine]
+        if self._world.size > 1:
+            everyone = [[]] * self._world.size
+            dist.all_gather_object(everyone, mine)
+        return sorted({name for names in everyone for name in names})
+
     def whole(self) -> dict[str, torch.Tensor]:
         """Every weight of this rank, whole; empty on replicas other than the first. Collective over dp."""
         whole = {name: full(tensor) for name, tensor in self.tensors().items()}
@@ -140,10 +149,11 @@ class Weights:
 
 
 def _digest(state: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.blake2b()
     for name, tensor in state.items():
-        sums = tensor.detach().double()
-        digest.update(f"{name} {sums.sum().item()} {sums.abs().sum().item()}\n".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(content.numpy()))
     return digest.hexdigest()
 
 

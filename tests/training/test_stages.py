@@ -181,3 +181,23 @@ class HiddenDropout(nn.Module):
 def test_randomness_inside_of_control_flow_is_refused():
     with pytest.raises(UnsupportedModelError, match="random operators inside of control flow"):
         layout_of(HiddenDropout(), torch.randn(2, 8))
+
+
+class Positions(nn.Module):
+    """Asks for positions on the device of its inputs, which export writes down."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(x) * torch.arange(8, device=x.device)
+
+
+def test_a_program_runs_on_another_device_than_it_was_captured_on():
+    x = torch.randn(2, 8)
+    layout = layout_of(Positions(), x)
+    assert any(node.kwargs.get("device") == torch.device("cpu") for node in layout.program.graph.nodes)
+    stage = build(layout, layout.facts, [], 0, Clock(), device=torch.device("meta"))
+    assert stage(x.to("meta")).device.type == "meta"
+    assert capture(Positions().to("meta"), x.to("meta")).fingerprint() == layout.program.fingerprint()

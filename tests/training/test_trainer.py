@@ -104,6 +104,27 @@ def test_a_step_that_overflows_in_fp16_is_skipped():
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
+@pytest.mark.parametrize(("options", "what"), [({}, "loss"), ({"clip": 1.0}, "norm of the gradients")])
+def test_a_step_that_is_not_finite_leaves_the_weights_alone(options, what):
+    def loss_fn(output, target):
+        # The square root has a finite value and an infinite slope at 0.
+        return (output.sum() * 0).sqrt() if options else output.sum() * math.nan
+
+    trainer, inputs, targets, module = trainer_of(loss_fn=loss_fn, **options)
+    with pytest.raises(TrainingError, match=f"the {what} of step 0 is nan"):
+        trainer.step(inputs, targets)
+    before = module.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.state_dict().items())
+
+
+def test_weights_that_are_not_finite_do_not_become_a_checkpoint(tmp_path):
+    trainer, inputs, targets, _ = trainer_of(loss_fn=lambda o, t: (o.sum() * 0).sqrt(), checkpoints=tmp_path)
+    trainer.step(inputs, targets)
+    with pytest.raises(TrainingError, match=r"after step 1 16 weights are not finite: layers\.0\.bias"):
+        trainer.save()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_scale_of_losses_follows_overflows():
     scaler = LossScaler(initial=8.0, interval=2)
     scaler.update(False)
@@ -152,6 +173,23 @@ def test_old_checkpoints_go(tmp_path):
         trainer.step(inputs, targets)
         trainer.save()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+
+
+def test_a_disk_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file"):
+        trainer_of(checkpoints=tmp_path / "file")[0].save()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.distributed.checkpoint.FileSystemWriter, "write_data", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.* on rank 0"):
+        trainer_of(checkpoints=tmp_path)[0].save()
+    with pytest.raises(CheckpointError, match="not JSON serializable"):
+        monkeypatch.undo()
+        trainer_of(checkpoints=tmp_path)[0].save({"extra": {1, 2}})
+    assert not (tmp_path / "latest").exists()
 
 
 def test_checkpoints_that_do_not_fit_are_errors(tmp_path):
