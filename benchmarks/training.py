@@ -88,10 +88,10 @@ def numerics(models: list[str]) -> list[dict]:
         four = [f"{model}:4:1:{s}:ddp" for s in SCHEDULES] + [f"{model}:2:2:{s}:fsdp" for s in SCHEDULES]
         two = [f"{model}:2:1:{s}:ddp" for s in SCHEDULES]
         results = launch(4, script, *four) + launch(2, script, *two)
-        for name in ("gradient", "loss", "weights"):
-            print(
-                f"{model}: largest relative error of the {name} {max(r[name] for r in results):.1e} in {len(results)}"
-            )
+        assert all(result["same_names"] for result in results), results
+        names = ("gradient", "loss", "weights", "update", "buffers")
+        listed = ", ".join(f"{name} {max(result[name] for result in results):.1e}" for name in names)
+        print(f"{model}: largest relative errors of {len(results)} runs: {listed}", flush=True)
         found += results
     return found
 
@@ -112,7 +112,8 @@ def main() -> None:
             wanted = options.model or list(models)
             kept = [r for r in results.get(name, []) if (r.get("model") or r["case"].split(":")[0]) not in wanted]
             results[name] = kept + run(wanted)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            lists = (f'"{k}": [\n' + ",\n".join(json.dumps(r) for r in rows) + "\n]" for k, rows in results.items())
+            RESULTS.write_text("{\n" + ",\n".join(lists) + "\n}\n")
 
 
 if __name__ == "__main__":

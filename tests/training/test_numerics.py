@@ -30,3 +30,5 @@ def test_gradients_and_steps_equal_one_process(torchrun, ranks, cases):
         assert result["gradient"] < 1e-5, result
         assert result["loss"] < 1e-5, result
         assert result["weights"] < 1e-5, result
+        assert result["update"] < 1e-4, result
+        assert result["buffers"] < 1e-5, result
