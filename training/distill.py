@@ -29,7 +29,7 @@ class Distillation:
             the microbatch.
         loss_fn: of the student's output and the target.
         temperature: divides both logits; the divergence is multiplied by its square, so that gradients keep their size.
-        alpha: between 0 (no teacher) and 1 (no targets).
+        alpha: between 0 (the teacher is not asked) and 1 (targets are not looked at, so that data needs no labels).
         logits: finds the logits, classes last, in the output of teacher and student.
     """
 
@@ -51,7 +51,8 @@ class Distillation:
 
     def __call__(self, output: Any, target: Any, *inputs: torch.Tensor) -> torch.Tensor:
         """The loss of one microbatch, a scalar."""
-        hard = self._loss_fn(output, target)
+        if self._alpha == 0:
+            return self._loss_fn(output, target)
         with torch.no_grad():
             taught = self._logits(self._teacher.to(inputs[0].device)(*inputs))
         student = self._logits(output)
@@ -63,4 +64,7 @@ class Distillation:
             log_target=True,
             reduction="batchmean",
         )
-        return self._alpha * self._temperature**2 * soft + (1 - self._alpha) * hard
+        soft = self._temperature**2 * soft
+        if self._alpha == 1:
+            return soft  # targets may be anything
+        return self._alpha * soft + (1 - self._alpha) * self._loss_fn(output, target)

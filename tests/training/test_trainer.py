@@ -222,6 +222,15 @@ def test_distillation_mixes_the_teacher_and_the_targets():
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_distillation_asks_only_for_what_counts():
+    teacher, student, x = torch.nn.Linear(8, 5), torch.nn.Linear(8, 5), torch.randn(6, 8)
+    unknown = torch.full((6,), -1)
+    assert math.isfinite(float(Distillation(teacher, F.cross_entropy, alpha=1)(student(x), unknown, x)))
+    target = torch.arange(5).repeat(2)[:6]
+    alone = Distillation(torch.nn.Linear(3, 3), F.cross_entropy, alpha=0)(student(x), target, x)
+    assert torch.equal(alone, F.cross_entropy(student(x), target))
+
+
 def test_distillation_refuses_what_it_cannot_compare():
     with pytest.raises(UsageError, match="alpha 2"):
         Distillation(torch.nn.Linear(2, 2), F.cross_entropy, alpha=2)
