@@ -172,7 +172,7 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def in_process() -> Callable[..., str]:
     """Run Python code in a fresh process and return what it prints."""
 
-    def run(code: str, *arguments: object, status: int = 0, timeout: float = 60) -> str:
+    def run(code: str, *arguments: object, status: int = 0, timeout: float = 300) -> str:
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],
             capture_output=True,
