@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
+from optc.cli.budget import budget_options
 from optc.cli.common import Duration, Share, capture_arguments, capture_options, json_option, print_json
+from optc.cli.quantize import quantization_options
 from optc.config import DEFAULT_NAME, CompileConfig, read, write
 from optc.errors import UsageError
 
@@ -33,6 +35,9 @@ from optc.errors import UsageError
     "--checkpoint", type=click.Path(path_type=Path), help="Weights of a training run, for package.module:factory."
 )
 @click.option("--prune", type=Share(), help="First remove this share of channels, neurons and heads; see `optc prune`.")
+@click.option("--quantize", "kind", metavar="KIND", help="Quantize first, to int8 say; see `optc quantize`.")
+@budget_options
+@quantization_options
 @click.option("--config", type=click.Path(path_type=Path), help=f"Read options from a file like {DEFAULT_NAME}.")
 @click.option("--save-config", type=click.Path(path_type=Path), help="Write these options to a new file.")
 @json_option
@@ -55,9 +60,11 @@ def command(
     require_tuned: bool,
     checkpoint: Path | None,
     prune: float | None,
+    kind: str | None,
     config: Path | None,
     save_config: Path | None,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Compile MODEL (an ONNX file, a .pt2 file or package.module:factory) into one verified artifact.
 
@@ -70,6 +77,7 @@ def command(
       optc compile model.onnx --tune 5m
       optc compile mypackage.train:recipe --checkpoint run -o model.optc
       optc compile model.onnx --prune 50%
+      optc compile model.onnx --quantize int8 --calibrate samples/ --max-error cosine:0.01
       optc compile --config optc.toml
 
     Without MODEL and --config, ./optc.toml is read if it exists.
@@ -96,13 +104,14 @@ def command(
         raise UsageError("--tune cannot tune for a --checkpoint", hint="tune the model first, then give the --log")
     if tune is None and settings.log is None and (settings.require_tuned or settings.threads):
         raise UsageError("--require-tuned and --threads speak about a tuning log", hint="give one with --log")
+    quantization = _quantization(kind, given, tune, checkpoint)
     if save_config is not None:
         write(save_config, settings)
     with tempfile.TemporaryDirectory(prefix="optc-") as folder:
         if tune is not None:
             settings.log = settings.log or str(Path(folder) / "tuning.jsonl")
             _tune(settings, tune)
-        _compile(settings, checkpoint, prune, destination, print_ir_after, dump_ir, verify_ir, as_json)
+        _compile(settings, checkpoint, prune, quantization, destination, print_ir_after, dump_ir, verify_ir, as_json)
 
 
 def _settings(config: Path | None, model: str | None) -> CompileConfig:
@@ -138,6 +147,7 @@ def _compile(
     settings: CompileConfig,
     checkpoint: Path | None,
     prune: float | None,
+    quantization: dict[str, Any] | None,
     destination: Path,
     print_ir_after: tuple[str, ...],
     dump_ir: Path | None,
@@ -153,19 +163,13 @@ def _compile(
     with console.status("starting") as status:
         trace = Trace(progress=lambda stage: status.update(f"[bold]{stage}[/] {settings.model}"))
         model, inputs = (settings.model, None) if checkpoint is None else _trained(settings, checkpoint)
-        pruning: dict[str, Any] = {}
-        if prune is not None:
-            from optc.compression.prune import prune as smaller
-
-            captured: dict[str, Any] = {"input_shapes": settings.input_shapes, "dims": settings.dims}
-            pruned = smaller(model, inputs, structured=prune, verify=settings.verify, trace=trace, **captured)
-            model, inputs, pruning = pruned.model, None, {"pruning": pruned.report}
+        model, inputs, compressed = _smaller(settings, model, inputs, prune, quantization, trace)
         artifact = compile(
             model,
             inputs,
             target=settings.target,
-            input_shapes={} if pruning else settings.input_shapes,
-            dims={} if pruning else settings.dims,
+            input_shapes={} if compressed else settings.input_shapes,
+            dims={} if compressed else settings.dims,
             verify=settings.verify,
             tolerance=settings.tolerance,
             disable_passes=settings.disable_passes,
@@ -173,7 +177,7 @@ def _compile(
             tuning=_tuning(settings),
             trace=trace,
         )
-        artifact = artifact.with_report(artifact.report | pruning)
+        artifact = artifact.with_report(artifact.report | compressed)
         status.update("writing")
         artifact.save(destination)
     summary = {
@@ -186,6 +190,49 @@ def _compile(
         print_json(summary)
     else:
         _show(console, summary, artifact)
+
+
+def _quantization(
+    kind: str | None, given: dict[str, Any], tune: float | None, checkpoint: Path | None
+) -> dict[str, Any] | None:
+    """The arguments of ``optc.quantize``, None if nothing is quantized."""
+    from optc.cli.budget import goal
+    from optc.cli.quantize import quantization_arguments
+
+    wanted = goal(given)
+    if given["plot"] is not None:
+        raise UsageError("--plot is for `optc quantize`")
+    if kind is None:
+        if given["calibrate"] is not None or wanted is not None:
+            raise UsageError("calibration data and budgets are for quantization", hint="give --quantize int8")
+        return None
+    if tune is not None or checkpoint is not None:
+        raise UsageError("--quantize does not go with --tune or --checkpoint", hint="optc quantize, then compile")
+    return {**quantization_arguments(kind, given), "goal": wanted, "evaluation": given["evaluation"]}
+
+
+def _smaller(
+    settings: CompileConfig,
+    model: Any,
+    inputs: Any,
+    prune: float | None,
+    quantization: dict[str, Any] | None,
+    trace: Any,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Prune and quantize as asked; return the model, its example inputs, and what to add to the report."""
+    fixed: dict[str, Any] = {"input_shapes": settings.input_shapes, "dims": settings.dims}
+    report: dict[str, Any] = {}
+    if prune is not None:
+        from optc.compression.prune import prune as smaller
+
+        pruned = smaller(model, inputs, structured=prune, verify=settings.verify, trace=trace, **fixed)
+        model, inputs, fixed, report["pruning"] = pruned.model, None, {}, pruned.report
+    if quantization is not None:
+        from optc.compression.quantize import quantize
+
+        found = quantize(model, example_inputs=inputs, progress=trace.progress, **quantization, **fixed)
+        model, inputs, report["quantization"] = found.model, None, found.report
+    return model, inputs, report
 
 
 def _tune(settings: CompileConfig, seconds: float) -> None:

@@ -133,3 +133,23 @@ def test_the_command(network, rows, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["quantize", *arguments, "-o", str(tmp_path / "q.optc")])
     assert ended.value.code == 2
+
+
+def test_compile_quantizes_first(network, rows, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", rows)
+    command = ["compile", str(network), "-o", str(tmp_path / "m.optc"), "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--quantize", "int8", "--calibrate", str(tmp_path / "x.npy")])
+    assert ended.value.code == 0
+    found = json.loads(capsys.readouterr().out)["report"]
+    assert found["quantization"]["kind"] == "int8"
+    assert optc.load(tmp_path / "m.optc").run({"x": rows[:4]})["y"].shape == (4, 3)
+    for wrong in (
+        ["--calibrate", "x"],
+        ["--max-error", "kl:1"],
+        ["--quantize", "int8", "--tune", "1s"],
+        ["--plot", "p"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *wrong])
+        assert ended.value.code == 2
