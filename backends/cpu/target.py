@@ -99,9 +99,17 @@ def _vector_bits(architecture: str, features: set[str]) -> int:
     return 128
 
 
+# TVM says of two functions' accesses to one buffer that they are apart (its TBAA nodes are named after variables, and
+# each function has its own). Where LLVM inlines kernels, or tasks of a kernel, into what calls them one after the
+# other, it may so take what the first writes for unused, or read by the second too early. At this price per
+# instruction it inlines no loop.
+_NO_INLINING = ("-inline-instr-cost:int=100000",)
+
+
 @cache
 def _describe(triple: str, cpu: str, extra: tuple[str, ...], cores: int) -> Any:
     spec: dict[str, Any] = {"kind": "llvm", "mtriple": triple, "mcpu": cpu, "num-cores": cores}
+    spec["cl-opt"] = list(_NO_INLINING)
     if extra:
         spec["mattr"] = list(extra)
     return TvmTarget(spec)

@@ -309,6 +309,18 @@ def atanh(x: Expr) -> Expr:
     return libm("atanh", x)
 
 
+@wide
+def sinh(x: Expr) -> Expr:
+    """Return the hyperbolic sine (LLVM does not find ``tirx.sinh`` where a loop is vectorized)."""
+    return libm("sinh", x)
+
+
+@wide
+def cosh(x: Expr) -> Expr:
+    """Return the hyperbolic cosine (LLVM does not find ``tirx.cosh`` where a loop is vectorized)."""
+    return libm("cosh", x)
+
+
 def libm(name: str, *arguments: Expr) -> Expr:
     """Call a function of the C library on float32 or float64: one call per element, not vectorized."""
     dtype = dtype_of(arguments[0])

@@ -15,8 +15,8 @@ from optc.backends.kernels.loops import product as product_of
 from optc.backends.kernels.loops import static
 from optc.backends.kernels.workload import annotation
 from optc.backends.lowering import weight_only
-from optc.backends.lowering.broadcasting import broadcast_shapes, checked
-from optc.backends.lowering.emit import plain, shape_of
+from optc.backends.lowering.broadcasting import broadcast_shapes, checked, read_index
+from optc.backends.lowering.emit import shape_of
 from optc.backends.lowering.site import Site, scalar
 from optc.backends.lowering.table import Table
 
@@ -35,7 +35,7 @@ def matmul(site: Site) -> Any:
     right = list(constant.shape) if constant is not None else site.shape(1)
     if weights is not None:
         result = _weight_only(site, a, right, *weights)
-    elif constant is not None and len(right) <= 2:
+    elif constant is not None and len(right) <= 2 and constant.size:
         result = packed(site, a, constant.reshape(constant.shape[0], -1))
     else:
         b = site.tensor(1)
@@ -102,9 +102,11 @@ def gemm(site: Site) -> Any:
     trans_a, trans_b = bool(site.attr("transA", 0)), bool(site.attr("transB", 0))
     alpha, beta = site.attr("alpha", 1.0), site.attr("beta", 1.0)
     constant = site.constant(1) if site.dequantized(1) is None else None
-    addends = [site.tensor(2)] if site.has(2) and beta != 0.0 else []
-    depth = (site.shape(1) if constant is None else constant.shape)[1 if trans_b else 0]
+    right = list(site.shape(1) if constant is None else constant.shape)
+    columns, depth = right if trans_b else right[::-1]
     rows = site.shape(0)[1 if trans_a else 0]
+    addend = site.shape(2) if site.has(2) and beta != 0.0 else []
+    addends = [checked(site, site.tensor(2), addend, [rows, columns])] if site.has(2) and beta != 0.0 else []
     a = site.check_equal(a, [depth, rows] if trans_a else [rows, depth])
     multiply, factors = _factors(site, a, rows, trans_a=trans_a, trans_b=trans_b)
 
@@ -118,12 +120,7 @@ def gemm(site: Site) -> Any:
         wide = str(acc.dtype)
         value = acc[i, j] if alpha == 1.0 else acc[i, j] * scalar(alpha, wide)
         for term in c:
-            index = [i, j][2 - len(term.shape) :]
-            extents = [acc.shape[0], acc.shape[1]][2 - len(term.shape) :]
-            index = [
-                0 if _is_one(d) and not _is_one(e) else k for k, d, e in zip(index, term.shape, extents, strict=True)
-            ]
-            added = term(*index).astype(wide)
+            added = term(*read_index(site, addend, [rows, columns], [i, j])).astype(wide)
             value = value + (added if beta == 1.0 else added * scalar(beta, wide))
         return value
 
@@ -136,7 +133,7 @@ def _factors(site: Site, a: Any, rows: Any, *, trans_a: bool, trans_b: bool) -> 
     if weights is not None:
         return weights
     constant = site.constant(1)
-    if constant is None or trans_a:
+    if constant is None or trans_a or not constant.size:
         return partial(contraction.matmul, batch=[], transpose_a=trans_a, transpose_b=trans_b), [site.tensor(1)]
     matrix = constant.T if trans_b else constant
     depth, columns = matrix.shape
@@ -158,8 +155,3 @@ def panel_width(site: Site, rows: int | None, depth: int, columns: int, dtype: s
 def static_product(sizes: Sequence[Any]) -> int | None:
     """Return the product of sizes, None if one is symbolic."""
     return static(product_of(list(sizes)))
-
-
-def _is_one(extent: Any) -> bool:
-    extent = plain(extent)
-    return isinstance(extent, int) and extent == 1

@@ -130,7 +130,7 @@ def lp_pool(site: Site) -> Any:
         ks = _axes(w)
 
         def element(n: Any, c: Any, *at: Any) -> Any:
-            return te.sum(_power(widen(_read(a, w, n, c, at, ks, scalar(0, dtype)), wide), p), axis=ks)
+            return te.sum(_power(_read(a, w, n, c, at, ks, scalar(0, wide)), p), axis=ks)
 
         return narrow(_root(te.compute((*shape[:2], *w.out), element, "lp_pool"), p), dtype)
 
@@ -238,9 +238,10 @@ def _clamped(where: list[Any], sizes: list[Any]) -> list[Any]:
 
 
 def _read(a: Any, w: Windows, n: Any, c: Any, outer: Any, ks: Any, outside: Any) -> Any:
+    """Return the element in the type of ``outside``, which stands for what is in the padding."""
     where, sizes = _where(w, outer, ks), [*a.shape[2:]]
     checks = _inside(w, where, [int(s) if isinstance(s, tirx.IntImm) else s for s in sizes])
-    return tirx.if_then_else(tirx.all(*checks), a(n, c, *where), outside)
+    return tirx.if_then_else(tirx.all(*checks), widen(a(n, c, *where), str(outside.ty.dtype)), outside)
 
 
 def _flat(where: list[Any], sizes: list[Any]) -> Any:

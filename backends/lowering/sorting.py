@@ -7,10 +7,11 @@ from typing import Any
 
 from tvm import te, tirx
 
-from optc.backends.kernels import vector_math as vm
+from optc.backends.kernels.vector_math import convert
 from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
 from optc.backends.lowering.emit import as_index, shape_of
+from optc.backends.lowering.pointwise import compute_dtype
 from optc.backends.lowering.site import Site
 from optc.backends.lowering.table import Table
 
@@ -91,12 +92,9 @@ def top_k(site: Site) -> Any:
 
 
 def _before(a: Any, b: Any, largest: bool, dtype: str) -> Any:
-    if dtype == "bool":
-        a, b = a.astype("int8"), b.astype("int8")
+    a, b = _comparable(a), _comparable(b)
     if not dtype.startswith(("float", "bfloat")):
         return a > b if largest else a < b
-    if dtype in ("float16", "bfloat16"):
-        a, b = vm.convert(a, "float32"), vm.convert(b, "float32")
     ahead = a > b if largest else a < b
     a_nan, b_nan = tirx.isnan(a), tirx.isnan(b)
     if largest:
@@ -129,7 +127,7 @@ def unique(site: Site) -> Any:
             """Return -1, 0 or 1 in a cell: how entry ``a`` compares to entry ``b``."""
             sign = imperative.variable("int64", 0)
             with imperative.loop(outer, inner) as (o, i), imperative.when(sign[0] == 0):
-                x, y = source[o, a, i], source[o, b, i]
+                x, y = (_comparable(source[o, at, i]) for at in (a, b))
                 sign[0] = (x > y).astype("int64") - (x < y).astype("int64")
             return sign
 
@@ -166,6 +164,12 @@ def unique(site: Site) -> Any:
 
     values = site.reshape(site.emit(take, flat, first), [*shape[:axis], found, *shape[axis + 1 :]])
     return [values, site.emit(head, first), inverse, site.emit(head, counts)][: site.output_count]
+
+
+def _comparable(value: Any) -> Any:
+    """Return a value of the same order that TIR can compare."""
+    dtype = str(value.ty.dtype)
+    return convert(value, "int8" if dtype == "bool" else compute_dtype(dtype))
 
 
 def _sort_entries(

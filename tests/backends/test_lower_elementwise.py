@@ -438,3 +438,12 @@ def test_buckets_of_relative_positions(compile_model, make_model):
     far = np.abs(positions[None] - positions[:, None])
     expected = np.where(far < 8, far, np.minimum(np.log(np.maximum(far, 1)).astype(np.int64), 4))
     np.testing.assert_array_equal(run(positions[None], positions[:, None])[0], expected)
+
+
+@pytest.mark.parametrize("op", ["Sinh", "Cosh"])
+def test_hyperbolic_functions_of_whole_vectors(compile_model, make_model, op):
+    x = np.linspace(-3, 3, 256, dtype=np.float32)
+    run = compile_model(
+        make_model([helper.make_node(op, ["x"], ["y"])], {"x": ("f4", x.shape)}, {"y": "f4"}), "haswell"
+    )
+    np.testing.assert_allclose(run(x)[0], getattr(np, op.lower())(x.astype(np.float64)), rtol=2**-22)

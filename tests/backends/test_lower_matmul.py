@@ -114,3 +114,28 @@ def test_any_size_with_an_epilogue(compile_model, make_model, m, n, k, constant)
     run = compile_model(make_model(nodes, inputs, {"y": F}, {"b": b} if constant else {}))
     (y,) = run(*([a, r] if constant else [a, r, b]))
     np.testing.assert_allclose(y, a @ b + r, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_sums_of_nothing_are_zero(compile_model, make_model, constant):
+    (y,) = compile_model(matmul_model(make_model, data(3, 0), data(0, 5), constant))(
+        *([data(3, 0)] if constant else [data(3, 0), data(0, 5)])
+    )
+    np.testing.assert_array_equal(y, np.zeros((3, 5), F))
+    weights = {"b": data(5, 0), "c": data(5)}
+    inputs = {"a": (F, [3, 0])} | ({} if constant else {"b": (F, [5, 0])})
+    node = helper.make_node("Gemm", ["a", "b", "c"], ["y"], transB=1)
+    given = weights if constant else {"c": weights["c"]}
+    (y,) = compile_model(make_model([node], inputs, {"y": F}, given))(*([data(3, 0), data(5, 0)][: len(inputs)]))
+    np.testing.assert_array_equal(y, np.broadcast_to(weights["c"], (3, 5)))
+
+
+def test_an_addend_of_unknown_size_broadcasts(compile_model, make_model):
+    node = helper.make_node("Gemm", ["a", "b", "c"], ["y"])
+    a, b = data(3, 4), data(4, 5, seed=1)
+    run = compile_model(make_model([node], {"a": (F, ["m", 4]), "c": (F, ["p", "q"])}, {"y": F}, {"b": b}))
+    for shape in ((1, 1), (3, 1), (1, 5), (3, 5)):
+        c = data(*shape, seed=2)
+        np.testing.assert_allclose(run(a, c)[0], a @ b + c, rtol=1e-5, atol=1e-5)
+    with pytest.raises(Exception, match="match"):
+        run(a, data(3, 4))

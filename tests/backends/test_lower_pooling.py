@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnxruntime
 import pytest
@@ -75,6 +76,15 @@ def test_max_pool_types(compile_model, make_model, dtype):
 def test_lp_pool(compile_model, make_model, p):
     node = helper.make_node("LpPool", ["x"], ["y"], kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1], p=p)
     check(compile_model, make_model([node], {"x": (F, (2, 3, 7, 8))}, {"y": F}, opset=18), data(2, 3, 7, 8))
+
+
+def test_lp_pool_of_bfloat16(compile_model, make_model):
+    x = data(1, 2, 9).astype(ml_dtypes.bfloat16)
+    node = helper.make_node("LpPool", ["x"], ["y"], kernel_shape=[3], pads=[1, 1])
+    (y,) = compile_model(make_model([node], {"x": (x.dtype, x.shape)}, {"y": x.dtype}))(x)
+    padded = np.pad(x.astype(np.float64), [(0, 0), (0, 0), (1, 1)])
+    norms = np.sqrt((np.lib.stride_tricks.sliding_window_view(padded, 3, -1) ** 2).sum(-1))
+    np.testing.assert_allclose(y.astype(np.float64), norms, rtol=2**-8)
 
 
 @pytest.mark.parametrize("op", ["GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"])

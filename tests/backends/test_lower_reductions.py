@@ -217,3 +217,24 @@ def test_cumulative_sum(compile_model, make_model, exclusive, reverse, at_run):
         total = total - turned if exclusive else total
         got = run(x, *([np.array(axis, np.int64)] if at_run else []))[0]
         np.testing.assert_array_equal(got, np.flip(total, axis) if reverse else total)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "uint64", "float64", "int32"])
+def test_rows_of_unknown_length_of_every_type(compile_model, make_model, dtype):
+    """Stages of such a kernel are functions that share scratch memory: LLVM must not take it for apart."""
+    nodes = [
+        helper.make_node("ReduceMax", ["x", "axis"], ["top"], keepdims=0),
+        helper.make_node("ArgMin", ["x"], ["where"], axis=-1, keepdims=0),
+    ]
+    outputs = {"top": dtype, "where": np.int64}
+    if dtype not in ("int8", "uint8"):
+        nodes.append(helper.make_node("ReduceSum", ["x", "axis"], ["sum"], keepdims=0))
+        outputs["sum"] = dtype
+    run = compile_model(make_model(nodes, {"x": (dtype, [13, "n"])}, outputs, {"axis": np.array([1])}))
+    for n in (5, 40, 100):
+        x = np.random.default_rng(n).integers(0, 99, (13, n)).astype(dtype)
+        top, where, *total = run(x)
+        np.testing.assert_array_equal(top, x.max(1))
+        np.testing.assert_array_equal(where, x.argmin(1))
+        for found in total:
+            np.testing.assert_array_equal(found, x.sum(1))

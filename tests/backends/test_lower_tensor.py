@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from onnx import helper
 
 from optc.errors import UnsupportedModelError
 
@@ -213,6 +214,15 @@ def test_unique(check):
         for axis, data in ((0, rows), (1, rows.T)):
             text = f"g (float[a, b] x) => ({outputs2}) {{ y, i, v, c = Unique<axis = {axis}, sorted = {order}>(x) }}"
             check(text, (np.ascontiguousarray(data),))
+
+
+def test_unique_of_booleans(compile_model, make_model):
+    node = helper.make_node("Unique", ["x"], ["y", "first", "inverse", "counts"])
+    outputs = {"y": np.bool_, "first": np.int64, "inverse": np.int64, "counts": np.int64}
+    x = np.array([True, True, False, True])
+    found = compile_model(make_model([node], {"x": (np.bool_, ["n"])}, outputs))(x)
+    for got, want in zip(found, ([False, True], [2, 0], [1, 1, 0, 1], [1, 3]), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_non_max_suppression(check):
