@@ -72,6 +72,8 @@ class Axes:
                 settled.append(fixed(dim))
             else:
                 assert len(axis) == dim, f"{value.name}: {len(axis)} labels, shape {value.shape}"
+                if dim == 1:
+                    self.pin(axis, "it is the only slice of an axis")
                 settled.append(axis)
         self.table[value] = settled
 

@@ -192,6 +192,19 @@ def test_heads_in_one_product(filled, pruned, sizes):
     assert sizes(model, "qkv", "o") == [(8, 18), (6, 8)]
 
 
+def test_heads_of_a_product_that_is_sliced(filled, pruned, sizes):
+    """Slices of one of three are stuck as well, and heads are found."""
+    text = """(float[2,6,8] x) => (float[2,6,8] y) <float[8,36] qkv, float[12,8] o> {
+        a = MatMul(x, qkv) r = Reshape(a, heads) t = Transpose <perm=[2,0,3,1,4]> (r)
+        qs = Slice(t, i0, i1, i0) ks = Slice(t, i1, i2, i0) vs = Slice(t, i2, i3, i0)
+        q = Squeeze(qs, i0) k = Squeeze(ks, i0) v = Squeeze(vs, i0) z = Attention(q, k, v)
+        zt = Transpose <perm=[0,2,1,3]> (z) zr = Reshape(zt, rows) y = MatMul(zr, o) }"""
+    numbers = {f"i{i}": np.array([i]) for i in range(4)}
+    model = filled(text, heads=np.array([2, 6, 3, 4, 3]), rows=np.array([2, 6, -1]), **numbers)
+    pruned(model)
+    assert sizes(model, "qkv", "o") == [(8, 18), (6, 8)]
+
+
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_attention_as_one_operator(key_heads, filled, pruned, sizes):
     text = f"""(float[2,6,8] x) => (float[2,6,8] y)
