@@ -39,6 +39,7 @@ def budget_options(command: Command) -> Command:
         (
             click.option("--max-drop", metavar="POINTS", help="Loss of --eval or --labels allowed, 0.5% for example."),
             click.option("--max-error", metavar="METRIC:LIMIT", help="Error allowed: cosine, kl, top1 or relative."),
+            click.option("--only-paying", is_flag=True, help="Without a budget: the layers that are faster so."),
             click.option("--objective", default="time", help="time (default) or size."),
             click.option("--plot", type=click.Path(path_type=Path), help="Write the Pareto plot of a search, an .svg."),
         )

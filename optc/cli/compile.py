@@ -208,7 +208,12 @@ def _quantization(
         return None
     if tune is not None or checkpoint is not None:
         raise UsageError("--quantize does not go with --tune or --checkpoint", hint="optc quantize, then compile")
-    return {**quantization_arguments(kind, given), "goal": wanted, "evaluation": given["evaluation"]}
+    return {
+        **quantization_arguments(kind, given),
+        "goal": wanted,
+        "evaluation": given["evaluation"],
+        "only_paying": given["only_paying"],
+    }
 
 
 def _smaller(
@@ -230,7 +235,9 @@ def _smaller(
     if quantization is not None:
         from optc.compression.quantize import quantize
 
-        found = quantize(model, example_inputs=inputs, progress=trace.progress, **quantization, **fixed)
+        found = quantize(
+            model, example_inputs=inputs, target=settings.target, progress=trace.progress, **quantization, **fixed
+        )
         model, inputs, report["quantization"] = found.model, None, found.report
     return model, inputs, report
 

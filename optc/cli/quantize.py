@@ -24,7 +24,7 @@ def quantization_options(command: Command) -> Command:
                 "--calibrate", metavar="DATA", help="Samples: a folder, an .npz file or package.module:function."
             ),
             click.option("--samples", type=click.IntRange(1), default=512, help="Take this many samples at most."),
-            click.option("--method", default="mse", help="Ranges: min-max, percentile, entropy or mse (default)."),
+            click.option("--method", default="min-max", help="Ranges: min-max (default), percentile, entropy or mse."),
             click.option("--activations", default="uint8", help="uint8 (default), int8, int16 or uint16."),
             click.option("--symmetric", is_flag=True, help="Zero points in the middle of the type."),
             click.option("--per-tensor", is_flag=True, help="One scale for all weights of a layer."),
@@ -32,7 +32,7 @@ def quantization_options(command: Command) -> Command:
             click.option("--rounding", default="nearest", help="Of matrices: nearest (default), gptq or adaround."),
             click.option("--block", type=int, help="Rows that share a scale: 32 for 4 bits, 0 (whole columns) for 8."),
             click.option("--zero-points", is_flag=True, help="Zero points for weights that are only stored."),
-            click.option("--smooth", type=float, metavar="A", help="SmoothQuant's exponent for int8, 0.5 for example."),
+            click.option("--smooth", metavar="A|auto", help="SmoothQuant's exponent for int8, 0.5 say, or the best."),
             click.option("--scale-weights", is_flag=True, help="AWQ's scaling for weights that are only stored."),
             click.option("--equalize", is_flag=True, help="Equalize the weights of pairs of convolutions."),
             click.option("--correct-bias", is_flag=True, help="Correct biases for what rounding shifts."),
@@ -57,19 +57,31 @@ def quantization_arguments(kind: str, given: dict[str, Any]) -> dict[str, Any]:
         rounding=given["rounding"],
         block=given["block"],
         zero_points=given["zero_points"],
-        smooth=given["smooth"],
+        smooth=_exponent(given["smooth"]),
         scale_weights=given["scale_weights"],
         equalize=given["equalize"],
         correct_bias=given["correct_bias"],
         exclude=frozenset(given["exclude"]),
     )
-    return {"options": options, "calibrate": given["calibrate"], "limit": given["samples"]}
+    return {
+        "options": options,
+        "calibrate": given["calibrate"],
+        "limit": given["samples"],
+    }
+
+
+def _exponent(text: str | None) -> float | str | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 @click.command(name="quantize")
 @click.argument("model")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
 @click.option("--to", "kind", default="int8", help=KIND_HELP)
+@click.option("--target", "-t", default="cpu", help="What layers have to be fast on; see `optc targets`.")
 @budget_options
 @quantization_options
 @capture_options
@@ -78,6 +90,7 @@ def command(
     model: str,
     output: Path,
     kind: str,
+    target: str,
     input_shapes: tuple[str, ...],
     dims: tuple[str, ...],
     as_json: bool,
@@ -108,6 +121,8 @@ def command(
         result = quantize(
             model,
             goal=wanted,
+            only_paying=given["only_paying"],
+            target=target,
             evaluation=given["evaluation"],
             progress=lambda text: status.update(f"[bold]{text}[/]"),
             **quantization_arguments(kind, given),

@@ -67,11 +67,11 @@ class Trial:
     """One mixture of quantized layers that can be evaluated: compiled once, with a judge."""
 
     def __init__(
-        self, mixture: Mixture, samples: data.Samples, goal: Goal, options: Options, target: str, progress: Progress
+        self, mixture: Mixture, samples: data.Samples, goal: Goal, options: Options, progress: Progress
     ) -> None:
         score = goal.score(samples, [str(v.name) for v in mixture.model.graph.outputs])
         progress("compiling the model with both forms of its layers")
-        self.mixture, self._board = mixture, Switchboard(mixture, target)
+        self.mixture, self._board = mixture, Switchboard(mixture)
         progress("evaluating the float32 model")
         self.judge = Judge(score, goal.budget.metric, samples, self._board.run(frozenset()))
         self.journal = Journal(goal.journal, _subject(mixture.model, samples, goal, options))
@@ -98,7 +98,7 @@ def search(
             f"({goal.objective}, loss, layers):\n{front_text(outcome)}",
             hint="allow more, give other calibration data, or try another kind",
         )
-    best, model, loss = _proved(trial, outcome, found, goal, target, progress)
+    best, model, loss = _proved(trial, outcome, found, goal, progress)
     report = {
         "budget": asdict(goal.budget),
         "baseline": trial.judge.baseline,
@@ -132,7 +132,7 @@ def front_text(outcome: Outcome) -> str:
 
 
 def _proved(
-    trial: Trial, outcome: Outcome, found: Search, goal: Goal, target: str, progress: Progress
+    trial: Trial, outcome: Outcome, found: Search, goal: Goal, progress: Progress
 ) -> tuple[Point, oir.Model, float]:
     """Evaluate the result as it is compiled; sums in another order may move it over the budget by a little."""
     best = outcome.best
@@ -141,7 +141,7 @@ def _proved(
             break
         model = trial.mixture.with_layers(best.layers)
         progress("compiling the result")
-        compiled = driver.compile(model, target=target, verify=False).model()
+        compiled = driver.compile(model, verify=False).model()
         loss = trial.judge.loss(compiled.run)
         if loss <= goal.budget.limit:
             return best, model, loss

@@ -27,7 +27,7 @@ class Observer(Protocol):
 class Inside:
     """A model compiled so that every run also gives the float32 values called ``names``."""
 
-    def __init__(self, model: oir.Model, names: Iterable[str], target: str = "cpu") -> None:
+    def __init__(self, model: oir.Model, names: Iterable[str]) -> None:
         from optc import driver
         from optc.ir import dims
 
@@ -39,7 +39,7 @@ class Inside:
         for name in wanted:
             if name not in outputs and name not in inputs:
                 opened.graph.outputs.append(by_name[name])
-        self._model = driver.compile(opened, target=target, verify=False).model()
+        self._model = driver.compile(opened, verify=False).model()
         self._wanted = wanted
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -36,7 +36,8 @@ class Options:
             calibration data.
         block: rows of a weight matrix that share a scale; 0 for whole columns. None: 32 for 4 bits, 0 for 8.
         zero_points: weights that are not computed with have zero points too.
-        smooth: the exponent of SmoothQuant for int8 (0.5, say); uses calibration data.
+        smooth: the exponent of SmoothQuant for int8 (0.5, say), or ``auto``: for each value the exponent with the
+            least expected error, or none.
         scale_weights: AWQ's scaling for weights of 8 or 4 bits; uses calibration data.
         equalize: cross-layer equalization of convolutions.
         correct_bias: what rounding shifts the means of channels by goes into biases of Conv and Gemm.
@@ -46,13 +47,13 @@ class Options:
     kind: str = "int8"
     activations: str = "uint8"
     symmetric: bool = False
-    method: str = "mse"
+    method: str = "min-max"
     per_channel: bool = True
     bits: int = 8
     rounding: str = "nearest"
     block: int | None = None
     zero_points: bool = False
-    smooth: float | None = None
+    smooth: float | str | None = None
     scale_weights: bool = False
     equalize: bool = False
     correct_bias: bool = False
@@ -65,8 +66,9 @@ class Options:
         _one_of("weights are rounded by", self.rounding, ALGORITHMS)
         if not 2 <= self.bits <= 8:
             raise UsageError(f"weights have 2 to 8 bits, not {self.bits}")
-        if self.smooth is not None and not 0 <= self.smooth <= 1:
-            raise UsageError(f"the exponent of smoothing is between 0 and 1, not {self.smooth}")
+        known = self.smooth is None or self.smooth == "auto"
+        if not known and (isinstance(self.smooth, str) or not 0 <= (self.smooth or 0.0) <= 1):
+            raise UsageError(f"the exponent of smoothing is auto or between 0 and 1, not {self.smooth}")
         if self.block is not None and self.block and (self.block < 16 or self.block & (self.block - 1)):
             raise UsageError(f"a block has 16, 32, 64, ... rows, or 0 for whole columns, not {self.block}")
         self._require("int8", smooth=self.smooth is not None, correct_bias=self.correct_bias)

@@ -15,7 +15,8 @@ from optc.compression import data
 from optc.compression.budget import Goal, Trial, search
 from optc.compression.observe import Inside, Progress, histograms, observe
 from optc.compression.options import Options
-from optc.compression.statistics import ChannelMean, ChannelReach, Extremes, Gram
+from optc.compression.speed import layer_times
+from optc.compression.statistics import ChannelMean, ChannelRanges, Extremes, Gram
 from optc.compression.switchboard import Mixture
 from optc.errors import UnsupportedModelError, UsageError
 from optc.ir import serialize
@@ -49,6 +50,7 @@ def quantize(
     dims: Mapping[str, int] | None = None,
     limit: int = data.LIMIT,
     goal: Goal | None = None,
+    only_paying: bool = False,
     evaluation: Any = None,
     target: str = "cpu",
     progress: Progress = lambda _: None,
@@ -65,7 +67,9 @@ def quantize(
         limit: how many calibration samples to use at most.
         goal: an accuracy budget; then only the layers are quantized that pay and fit, found by a search.
         evaluation: data to evaluate with, like ``calibrate``, which is taken where this is left out.
-        target: where the float32 model runs while it is calibrated: a target that is this machine.
+        only_paying: leave a layer in float32 where it is not faster quantized, by itself, on ``target``.
+        target: what the speed of layers is measured for if it is this machine, else modelled. Models that are
+            calibrated and evaluated run on this machine.
         progress: is told what is done.
 
     Raises:
@@ -75,7 +79,9 @@ def quantize(
             quantized within the budget.
     """
     options = options or Options()
-    if calibrate is None and options.needs_data:
+    if only_paying and goal is not None:
+        raise UsageError("a search within a budget quantizes only what pays by itself")
+    if calibrate is None and (options.needs_data or only_paying or goal is not None):
         raise UsageError(
             f"{options.kind}{' with this rounding' if options.kind != 'int8' else ''} needs calibration data",
             hint="--calibrate DIR, FILE.npz or package.module:function",
@@ -87,7 +93,9 @@ def quantize(
     specs = driver.specs(model.graph.inputs)
     if calibrate is not None:
         samples = data.load(calibrate, specs, limit=limit)
-    quantizer = Quantizer(model, samples, target, progress)
+    quantizer = Quantizer(model, samples, progress)
+    if only_paying:
+        return quantizer.run_paying(options, target)
     if goal is None:
         return quantizer.run(options)
     judged = samples if evaluation is None else data.load(evaluation, specs, limit=limit)
@@ -104,10 +112,9 @@ class Quantizer:
         self,
         model: oir.Model,
         samples: data.Samples | None = None,
-        target: str = "cpu",
         progress: Progress = lambda _: None,
     ) -> None:
-        self.model, self.samples, self.target, self.progress = model, samples, target, progress
+        self.model, self.samples, self.progress = model, samples, progress
         self._inside: dict[str, Inside] = {}
         self._counts: dict[str, dict[str, ranges.Histogram]] = {}
 
@@ -131,7 +138,7 @@ class Quantizer:
             packed = self._packed(model, key, options, names)
             work, details = weight_only.WeightOnlyPass(packed), {name: {} for name in packed}
         else:
-            work = half.HalfPass(options.kind, self._large(model, key), options.exclude)
+            work = half.HalfPass(options.kind, self._large(model), options.exclude)
             details = {p.name: {} for p in chosen if work.island(p.node) is None}
         result = model.clone() if model is self.model else model
         work.call(result)
@@ -140,24 +147,38 @@ class Quantizer:
     def trial(self, options: Options, goal: Goal, samples: data.Samples | None = None) -> Trial:
         """Return what evaluates mixtures of layers quantized as ``options`` say; on the calibration data by default.
 
-        Raises UsageError for a kind whose layers cannot be mixed with float32 ones.
+        Raises UsageError as ``mixture`` and ``Goal.score`` do.
         """
-        names = frozenset(p.name for p in selected(self.model, options.exclude))
-        if options.kind != "int8" and not options.packs_weights:
-            raise UsageError(f"a budget is for int8, int8-weights and int4-weights, not for {options.kind}")
+        _require_mixable(options)
         samples = samples or self.samples
         if samples is None:
             raise UsageError("there is no data to evaluate with", hint="give calibration data")
         # Wrong labels are found before anything takes long.
         goal.score(samples, [str(value.name) for value in self.model.graph.outputs])
+        return Trial(self.mixture(options), samples, goal, options, self.progress)
+
+    def mixture(self, options: Options) -> Mixture:
+        """Return the layers quantized as ``options`` say, to be taken one by one.
+
+        Raises UsageError for a kind whose layers cannot be mixed with float32 ones.
+        """
+        _require_mixable(options)
+        names = frozenset(p.name for p in selected(self.model, options.exclude))
         model, key = self._rescaled(options)
         if options.kind == "int8":
-            mixture = Mixture(model, self.plan(model, key, options, names))
-        else:
-            packed = self._packed(model, key, options, names)
-            matrices = {p.name for p in products(model)}
-            mixture = Mixture(model, None, {name: array for name, array in packed.items() if name in matrices})
-        return Trial(mixture, samples, goal, options, self.target, self.progress)
+            return Mixture(model, self.plan(model, key, options, names))
+        packed = self._packed(model, key, options, names)
+        matrices = {p.name for p in products(model)}
+        return Mixture(model, None, {name: array for name, array in packed.items() if name in matrices})
+
+    def run_paying(self, options: Options, target: str) -> Quantized:
+        """Return the model with those layers quantized that are faster so, each by itself."""
+        mixture = self.mixture(options)
+        times = layer_times(mixture, self.shapes(), target, self.progress)
+        details = {name: {"before": a, "after": b} for name, (a, b) in times.items() if b < a}
+        result = mixture.with_layers(frozenset(details))
+        slower = {name: {"before": a, "after": b} for name, (a, b) in times.items() if b >= a}
+        return Quantized(result, report(self.model, result, options, details) | {"does not pay": slower})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what products read in the first sample, by the product's name."""
@@ -195,7 +216,7 @@ class Quantizer:
         assert self.samples is not None
         if key not in self._inside:
             self.progress("compiling the model to look inside")
-            self._inside[key] = Inside(model, _read(model), self.target)
+            self._inside[key] = Inside(model, _read(model))
         return self._inside[key], self.samples
 
     def _rescaled(self, options: Options) -> tuple[oir.Model, str]:
@@ -210,22 +231,25 @@ class Quantizer:
             return model, key
         inside, samples = self._look(self.model, "")
         groups = scaling.groups(model)
-        reach = {str(value.name): ChannelReach(-1) for value in groups}
+        reach = {str(value.name): ChannelRanges(-1) for value in groups}
         grams: dict[str, np.ndarray] = {}
         if options.scale_weights:
             grams = self._grams(self.model, "", [members[0] for members in scaling.groups(self.model).values()])
         else:
             observe(inside, {name: [r] for name, r in reach.items()}, samples, self.progress)
-        factors = {}
+        factors: dict[str, np.ndarray] = {}
         for value, members in groups.items():
             matrices = [p.matrix().T for p in members]
             if options.scale_weights:
                 factors[str(value.name)] = _best_factors(matrices, grams[members[0].name], options)
             else:
-                assert options.smooth is not None
-                factors[str(value.name)] = scaling.smooth_factors(
-                    reach[str(value.name)].reach, matrices, options.smooth
-                )
+                seen = reach[str(value.name)]
+                if isinstance(options.smooth, float):
+                    chosen: np.ndarray | None = scaling.smooth_factors(seen.reach, matrices, options.smooth)
+                else:
+                    chosen = scaling.best_factors(seen.low, seen.high, seen.power, matrices)
+                if chosen is not None:
+                    factors[str(value.name)] = chosen
         scaling.scale_inputs(model, factors)
         return model, key
 
@@ -268,14 +292,20 @@ class Quantizer:
             packed[str(node.name)] = weight_only.turned(array)
         return packed
 
-    def _large(self, model: oir.Model, key: str) -> list[str]:
+    def _large(self, model: oir.Model) -> list[str]:
         """Return the values that calibration sees above what is safe in half precision."""
         if self.samples is None:
             return []
-        inside, samples = self._look(model, key)
-        extremes = {name: Extremes() for name in _read(model)}
-        observe(inside, {name: [e] for name, e in extremes.items()}, samples, self.progress)
+        names = [str(v.name) for node in model.graph for v in node.outputs if v.dtype == oir.DataType.FLOAT]
+        self.progress("compiling the model to look inside")
+        extremes = {name: Extremes() for name in names}
+        observe(Inside(model, names), {name: [e] for name, e in extremes.items()}, self.samples, self.progress)
         return [name for name, e in extremes.items() if max(-e.low, e.high) > half.LARGEST]
+
+
+def _require_mixable(options: Options) -> None:
+    if options.kind != "int8" and not options.packs_weights:
+        raise UsageError(f"layers are chosen for int8, int8-weights and int4-weights, not for {options.kind}")
 
 
 def _best_factors(matrices: Sequence[np.ndarray], gram: np.ndarray, options: Options) -> np.ndarray:

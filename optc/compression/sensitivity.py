@@ -37,7 +37,6 @@ def sensitivity(
     input_shapes: Mapping[str, Sequence[int | str]] | None = None,
     dims: Mapping[str, int] | None = None,
     limit: int = data.LIMIT,
-    target: str = "cpu",
     progress: Progress = lambda _: None,
 ) -> tuple[list[Row], float]:
     """Return a row for each layer, the most sensitive first, and the loss with all of them quantized.
@@ -49,7 +48,7 @@ def sensitivity(
     specs = driver.specs(model.graph.inputs)
     samples = data.load(calibrate, specs, limit=limit)
     judged = samples if evaluation is None else data.load(evaluation, specs, limit=limit)
-    trial = Quantizer(model, samples, target, progress).trial(options or Options(), goal, judged)
+    trial = Quantizer(model, samples, progress).trial(options or Options(), goal, judged)
     chosen = [p for p in products(model) if p.name in trial.mixture.names]
     search = Search([Layer(p.name, 1.0, 0.0) for p in chosen], trial.evaluate, trial.journal, progress)
     losses = search.sensitivity()

@@ -25,15 +25,29 @@ class Extremes:
             self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
 
 
-class ChannelReach:
-    """The largest magnitude in each channel, along ``axis``."""
+class ChannelRanges:
+    """The extremes (0 among them) and the mean square of each channel, along ``axis``."""
 
     def __init__(self, axis: int) -> None:
-        self.axis, self.reach = axis, np.zeros(())
+        self.axis, self.low, self.high = axis, np.zeros(()), np.zeros(())
+        self._squares, self._count = np.zeros(()), 0
 
     def add(self, values: np.ndarray) -> None:
         """Take note of ``values``."""
-        self.reach = np.maximum(self.reach, np.abs(_channels(values, self.axis)).max(0))
+        rows = _channels(values, self.axis)
+        self.low, self.high = np.minimum(self.low, rows.min(0)), np.maximum(self.high, rows.max(0))
+        self._squares = self._squares + (rows.astype(np.float64) ** 2).sum(0)
+        self._count += len(rows)
+
+    @property
+    def reach(self) -> np.ndarray:
+        """The largest magnitudes."""
+        return np.maximum(-self.low, self.high)
+
+    @property
+    def power(self) -> np.ndarray:
+        """The mean squares."""
+        return self._squares / max(self._count, 1)
 
 
 class ChannelMean:

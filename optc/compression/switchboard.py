@@ -38,13 +38,13 @@ class Mixture:
 class Switchboard:
     """Computes both forms of each layer and takes one: no compilation between evaluations."""
 
-    def __init__(self, mixture: Mixture, target: str = "cpu") -> None:
+    def __init__(self, mixture: Mixture) -> None:
         from optc import driver
 
         model = mixture.model.clone()
         SwitchablePass(mixture.plan, mixture.packed).call(model)
         self._mixture = mixture
-        self._compiled = driver.compile(model, target=target, verify=False).model()
+        self._compiled = driver.compile(model, verify=False).model()
 
     def run(self, layers: frozenset[str]) -> Run:
         """Return the model with ``layers`` quantized, as a function from inputs to outputs."""

@@ -60,11 +60,13 @@ def test_the_search_stays_within_the_budget(network, rows, tmp_path, capsys):
     assert "no layer can be quantized within" in capsys.readouterr().err
 
 
-def test_layers_are_timed(network, rows):
-    found = optc.quantize(network, calibrate=rows, goal=Goal(Budget("cosine", 0.5)))
-    layers = found.report["search"]["layers"]
-    assert len(layers) == 3
-    assert all(row["before"] > 0 and row["after"] > 0 for row in layers.values())
+def test_only_what_is_faster_on_the_target(network, rows):
+    found = optc.quantize(network, calibrate=rows, only_paying=True)
+    layers, slow = found.report["layers"], found.report["does not pay"]
+    assert len(slow) + sum(layer["to"] == "int8" for layer in layers) == 3
+    assert all(layer["before"] > layer["after"] > 0 for layer in layers if layer["to"] == "int8")
+    with pytest.raises(UsageError, match="only what pays by itself"):
+        optc.quantize(network, calibrate=rows, only_paying=True, goal=Goal(Budget("kl", 1.0)))
 
 
 def test_time_of_another_target_is_modelled(quantizer):
@@ -99,7 +101,7 @@ def test_errors_come_before_the_work(network, rows, monkeypatch):
     goal = Goal(Budget("accuracy", 0.01), labels=np.zeros(3, int))
     with pytest.raises(UsageError, match="3 labels for 24 samples"):
         optc.quantize(network, calibrate=rows, goal=goal)
-    with pytest.raises(UsageError, match="a budget is for"):
+    with pytest.raises(UsageError, match="layers are chosen for"):
         optc.quantize(network, Options("float16"), calibrate=rows, goal=Goal(Budget("kl", 0.1)))
 
 

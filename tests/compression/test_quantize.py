@@ -75,13 +75,31 @@ def test_everything_that_data_can_do_makes_it_better(network, rows, quantized):
     base = Quantizer(driver.optimize(network), load(rows, [TensorSpec("x", "float32", (4, 32))]))
     for options in (
         Options(bits=4),
-        Options(bits=4, smooth=0.5, equalize=True, correct_bias=True),
+        Options(bits=4, smooth="auto", equalize=True, correct_bias=True),
         Options(rounding="adaround"),
     ):
         (found,) = OnnxRuntime(base.run(options).model, threads=1, literal=True).run(inputs).values()
         errors.append(float(np.abs(found - expected).mean()))
     assert errors[1] < errors[0]
     assert errors[2] < errors[0]
+
+
+def test_values_that_would_overflow_stay_in_float32(rows):
+    text = """<ir_version: 10, opset_import: ["": 20]> g (float[4,32] x) => (float[4,32] y) <float[32,32] w, float c>
+    { l = MatMul(x, w) h = Mul(l, c) r = Relu(h) d = Div(r, c) y = MatMul(d, w) }"""
+    model = onnx.parser.parse_model(text)
+    del model.graph.initializer[:]
+    for name, array in (("w", np.eye(32, dtype=np.float32)), ("c", np.float32(30_000))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
+    (blind,), (seen,) = (
+        optc.compile(optc.quantize(model, Options("float16"), calibrate=data).model, verify=False)
+        .model()
+        .run({"x": rows[:4]})
+        .values()
+        for data in (None, rows)
+    )
+    assert not np.isfinite(blind).all()
+    assert np.abs(seen - np.maximum(rows[:4], 0)).max() < 0.01
 
 
 @pytest.mark.parametrize(
@@ -92,6 +110,7 @@ def test_everything_that_data_can_do_makes_it_better(network, rows, quantized):
         ({"kind": "float16", "rounding": "gptq"}, "rounding by gptq"),
         ({"kind": "int4-weights", "block": 17}, "a block has 16"),
         ({"smooth": 2.0}, "between 0 and 1"),
+        ({"smooth": "best"}, "between 0 and 1"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):

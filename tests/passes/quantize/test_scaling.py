@@ -25,6 +25,22 @@ def test_smoothing_moves_outliers_into_weights(rng):
     assert (reach / factor)[:3].max() / (reach / factor)[:3].min() < 20
 
 
+def test_the_best_exponent_is_one_that_helps(rng):
+    x = rng.normal(0, 1, (400, 16)) * np.where(np.arange(16) == 3, 60, 1)
+    weight = rng.normal(0, 1, (16, 8)).astype(F)
+
+    def error(factor):
+        a, w = x / factor, weight * factor[:, None]
+        step, steps = (a.max() - a.min()) / 255, np.abs(w).max(0) / 127
+        found = (np.rint(a / step) * step) @ (np.rint(w / steps) * steps)
+        return ((found - x @ weight) ** 2).mean()
+
+    factor = scaling.best_factors(x.min(0), x.max(0), (x**2).mean(0), [weight])
+    assert error(factor) < 0.5 * error(np.ones(16))
+    even = np.ones((16, 8), F)
+    assert scaling.best_factors(-np.ones(16), np.ones(16), np.full(16, 0.3), [even]) is None
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_inputs_are_scaled_in_the_normalization_or_by_a_multiplication(own, build, run, verify, rng):
     last = "z = Relu(y)" if own else "z = Add(y, n)"

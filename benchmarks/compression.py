@@ -1,0 +1,299 @@
+"""Accuracy of quantized models, beside onnxruntime's static quantizer with each of its calibrators.
+
+    python benchmarks/compression.py [--only REGEX] [--report]
+
+Real weights (PP-OCRv4, MiniLM) and networks trained on scikit-learn's digits (examples/quantize_digits.py). Calibration
+and test data are different. All models are run by onnxruntime as they are written, so that only the quantizers differ.
+Measurements are kept in build/compression/ and merged; --report only writes the tables of docs/compression.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import compression_data as texts
+import numpy as np
+import onnx
+import onnx_ir as oir
+from cases import CACHE, ROOT
+
+import optc
+from optc.compression import data
+from optc.compression.options import Options
+from optc.compression.quantize import Quantizer
+from optc.driver import specs
+from optc.peers import OnnxRuntime
+
+FOLDER = ROOT / "build" / "compression"
+PAGE = ROOT / "docs" / "compression.md"
+MARK = "<!-- measured: benchmarks/compression.py -->"
+
+Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model file, calibration data, what is seen of a model on test data, and the score of that (more is better).
+
+    The score takes what is seen of the model and of the float32 one.
+    """
+
+    file: Callable[[], Path]
+    calibration: Callable[[str], list[dict[str, np.ndarray]]]
+    see: Callable[[Run], list[Any]]
+    score: Callable[[list[Any], list[Any]], float]
+    unit: str
+    int4: bool = False
+
+
+def recognition(run: Run) -> list[str]:
+    """Return what is read of 200 drawn lines."""
+    characters = ["blank", *_metadata()["character"].splitlines(), " "]
+    return [texts.decode(next(iter(run({"x": line.pixels}).values()))[0], characters) for line in texts.lines(200, 1)]
+
+
+def characters_right(read: list[str], _: list[str]) -> float:
+    """Return the share of characters that are right."""
+    return texts.character_accuracy(read, [line.text for line in texts.lines(200, 1)])
+
+
+@functools.cache
+def _metadata() -> dict[str, str]:
+    return dict(oir.load(CACHE / "ppocr" / "rec.onnx").metadata_props)
+
+
+def detection(run: Run) -> list[np.ndarray]:
+    """Return where 40 pages have text, by the threshold 0.3."""
+    return [next(iter(run({"x": page}).values())) > 0.3 for page in texts.pages(40, 1)]
+
+
+def overlap(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """Return the mean intersection over union."""
+    pairs = zip(found, expected, strict=True)
+    return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in pairs]))
+
+
+def similarity(run: Run) -> list[float]:
+    """Return the similarities of all pairs of 80 sentences."""
+    vectors = np.array([_embedding(run, sentence) for sentence in texts.sentences(200, 0)[120:]])
+    return list((vectors @ vectors.T)[np.triu_indices(len(vectors), 1)])
+
+
+def spearman(found: list[float], expected: list[float]) -> float:
+    """Return Spearman's correlation."""
+    return float(np.corrcoef(*(np.argsort(np.argsort(values)) for values in (found, expected)))[0, 1])
+
+
+def _embedding(run: Run, sentence: str) -> np.ndarray:
+    feeds = _tokens(sentence)
+    hidden, mask = next(iter(run(feeds).values()))[0], feeds["attention_mask"][0][:, None]
+    mean = (hidden * mask).sum(0) / mask.sum()
+    return np.asarray(mean / np.linalg.norm(mean))
+
+
+def _tokens(sentence: str) -> dict[str, np.ndarray]:
+    found = _tokenizer().encode(sentence)
+    values = {"input_ids": found.ids, "attention_mask": found.attention_mask, "token_type_ids": found.type_ids}
+    return {name: np.array([value]) for name, value in values.items()}
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    return texts.tokenizer()
+
+
+def classification(run: Run) -> list[bool]:
+    """Return which of the 360 test images are told right."""
+    _, (images, labels) = _digits().digits()
+    return list(run({"x": images})["y"].argmax(1) == labels)
+
+
+def share(right: list[bool], _: list[bool]) -> float:
+    """Return the share of what is right."""
+    return float(np.mean(right))
+
+
+@functools.cache
+def _digits() -> Any:
+    sys.path.insert(0, str(ROOT / "examples"))
+    import quantize_digits
+
+    return quantize_digits
+
+
+def _digits_file(name: str) -> Path:
+    path = FOLDER / f"{name}.onnx"
+    return path if path.exists() else _digits().export(name, FOLDER)
+
+
+def _digits_calibration(name: str) -> list[dict[str, np.ndarray]]:
+    (images, _), _ = _digits().digits()
+    return [{name: images[start : start + 32]} for start in range(0, 512, 32)]
+
+
+def _on_digits(name: str) -> Task:
+    return Task(lambda: _digits_file(name), _digits_calibration, classification, share, "images right", int4=True)
+
+
+TASKS = {
+    "PP-OCRv4 recognition": Task(
+        lambda: CACHE / "ppocr" / "rec.onnx",
+        lambda name: [{name: line.pixels} for line in texts.lines(64, 2)],
+        recognition,
+        characters_right,
+        "characters right",
+    ),
+    "PP-OCRv4 detection": Task(
+        lambda: CACHE / "ppocr" / "det.onnx",
+        lambda name: [{name: page} for page in texts.pages(16, 2)],
+        detection,
+        overlap,
+        "IoU with float32",
+    ),
+    "MiniLM": Task(
+        lambda: CACHE / "exported" / "minilm.onnx",
+        lambda _: [_tokens(sentence) for sentence in texts.sentences(200, 0)[:64]],
+        similarity,
+        spearman,
+        "Spearman with float32",
+        int4=True,
+    ),
+    "digits CNN": _on_digits("cnn"),
+    "digits ViT": _on_digits("vit"),
+}
+
+
+def ours(task: Task) -> dict[str, Options]:
+    """Return what is measured of optc."""
+    int8 = {
+        "optc int8": Options(),
+        "optc int8, smooth auto": Options(smooth="auto"),
+        "optc int8, bias corrected": Options(correct_bias=True),
+        "optc int8, equalized": Options(equalize=True),
+        "optc int8, mse": Options(method="mse"),
+        "optc int8, percentile": Options(method="percentile"),
+        "optc int8, entropy": Options(method="entropy"),
+        "optc int8 dynamic": Options("int8-dynamic"),
+    }
+    int4 = {
+        "optc int4 weights": Options("int4-weights"),
+        "optc int4 weights, zero points": Options("int4-weights", zero_points=True),
+        "optc int4 weights, GPTQ": Options("int4-weights", rounding="gptq"),
+    }
+    return int8 | (int4 if task.int4 else {})
+
+
+class _Reader:
+    """onnxruntime's interface to calibration data."""
+
+    def __init__(self, calls: list[dict[str, np.ndarray]]) -> None:
+        self._calls: Iterator[dict[str, np.ndarray]] = iter(calls)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._calls, None)
+
+
+def theirs(file: Path, calls: list[dict[str, np.ndarray]], method: str) -> onnx.ModelProto:
+    """Return what onnxruntime's quantize_static makes: per channel, unsigned activations."""
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole, prepared, result = (Path(folder) / f"{name}.onnx" for name in ("whole", "prepared", "result"))
+        onnx.save(onnx.load(file), whole)
+        quant_pre_process(whole, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            result,
+            _Reader(calls),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=getattr(CalibrationMethod, method),
+        )
+        return onnx.load(result)
+
+
+def runner(model: Any) -> Run:
+    """Return a model as a function, run by onnxruntime as it is written."""
+    return OnnxRuntime(optc.capture(model) if isinstance(model, onnx.ModelProto) else model, 1, literal=True).run
+
+
+def measure(name: str) -> None:
+    """Measure one task and keep each figure as soon as it is there."""
+    task, results = TASKS[name], FOLDER / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+    found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+
+    def keep(what: str, score: Callable[[], float | str]) -> None:
+        if what in found:
+            return
+        found[what] = score()
+        print(f"{name}: {what}: {found[what]}", flush=True)
+        results.write_text(json.dumps(found, indent=1))
+
+    file = task.file()
+    model = optc.optimize(file)
+    calls = task.calibration(str(model.graph.inputs[0].name))
+    quantizer = Quantizer(model, data.load(calls, specs(model.graph.inputs)))
+    reference = task.see(runner(model))
+    keep("float32", lambda: task.score(reference, reference))
+
+    def mine(options: Options) -> float:
+        return task.score(task.see(runner(quantizer.run(options).model)), reference)
+
+    def peer(method: str) -> float | str:
+        try:
+            return task.score(task.see(runner(theirs(file, calls, method))), reference)
+        except Exception as error:  # the peer raises errors of every kind for what it cannot do
+            return f"fails: {type(error).__name__}"
+
+    variants = ours(task)
+    keep("optc int8", lambda: mine(variants["optc int8"]))
+    keep("onnxruntime MinMax", lambda: peer("MinMax"))
+    for what, options in variants.items():
+        keep(what, lambda options=options: mine(options))
+    keep("onnxruntime Entropy", lambda: peer("Entropy"))
+    keep("onnxruntime Percentile", lambda: peer("Percentile"))
+
+
+def tables() -> str:
+    """Return the tables of what has been measured."""
+    parts = []
+    for name, task in TASKS.items():
+        path = FOLDER / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        rows = [f"| {what} | {value if isinstance(value, str) else f'{value:.4f}'} |" for what, value in found.items()]
+        parts += [f"### {name}", "", f"| quantizer | {task.unit} |", "|---|---:|", *rows, ""]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Measure, and write the tables into the page."""
+    parser = argparse.ArgumentParser(description="Measure the accuracy of quantized models.")
+    parser.add_argument("--only", default="", help="tasks whose name matches this expression")
+    parser.add_argument("--report", action="store_true", help="only write the tables from what was measured")
+    options = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if not options.report:
+        for name in TASKS:
+            if re.search(options.only, name, re.IGNORECASE):
+                measure(name)
+    if PAGE.exists():
+        head = PAGE.read_text(encoding="utf-8").split(MARK)[0]
+        PAGE.write_text(f"{head}{MARK}\n\n{tables()}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
