@@ -17,6 +17,14 @@ KINDS = {
     "bfloat16": "the other half precision, with islands of float32",
 }
 ACTIVATIONS = ("uint8", "int8", "int16", "uint16")
+_PACKED = ("int8-weights", "int4-weights")
+_ONLY = {
+    **dict.fromkeys(("activations", "symmetric", "method", "per_channel", "smooth", "correct_bias"), ("int8",)),
+    **dict.fromkeys(("bits", "equalize"), ("int8", "int8-dynamic")),
+    **dict.fromkeys(("block", "zero_points", "scale_weights"), _PACKED),
+    "rounding": ("int8", *_PACKED),
+}
+"""The kinds that each option has a meaning for."""
 BLOCK = 32
 """Rows of a column that share a scale of 4 bits, unless the caller says otherwise."""
 
@@ -71,23 +79,16 @@ class Options:
             raise UsageError(f"the exponent of smoothing is auto or between 0 and 1, not {self.smooth}")
         if self.block is not None and self.block and (self.block < 16 or self.block & (self.block - 1)):
             raise UsageError(f"a block has 16, 32, 64, ... rows, or 0 for whole columns, not {self.block}")
-        self._require("int8", smooth=self.smooth is not None, correct_bias=self.correct_bias)
-        self._require(
-            "-weights", scale_weights=self.scale_weights, zero_points=self.zero_points, block=bool(self.block)
-        )
-        if self.rounding != "nearest" and not (self.kind == "int8" or self.packs_weights):
-            raise UsageError(f"rounding by {self.rounding} is for int8, int8-weights and int4-weights")
-
-    def _require(self, kind: str, **used: bool) -> None:
-        fits = self.kind.endswith(kind) if kind.startswith("-") else self.kind == kind
-        for name, given in used.items():
-            if given and not fits:
-                raise UsageError(f"{name.replace('_', '-')} is for {kind.lstrip('-')}, not for {self.kind}")
+        for name, kinds in _ONLY.items():
+            if getattr(self, name) != getattr(type(self), name) and self.kind not in kinds:
+                raise UsageError(f"{name.replace('_', '-')} is for {', '.join(kinds)}, not for {self.kind}")
+        if self.kind == "int8" and self.rounding != "nearest" and (self.bits < 8 or not self.per_channel):
+            raise UsageError(f"rounding by {self.rounding} is for 8 bits with a scale per channel")
 
     @property
     def packs_weights(self) -> bool:
         """Whether only weights are quantized."""
-        return self.kind.endswith("-weights")
+        return self.kind in _PACKED
 
     @property
     def needs_data(self) -> bool:

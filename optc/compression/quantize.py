@@ -344,6 +344,11 @@ def report(
         }
         for p in products(before)
     ]
+    for node in weight_only.tables(before):
+        table = constant(node.inputs[0])
+        if table is not None and str(node.name) in details:
+            row = {"name": str(node.name), "operator": node.op_type, "weights": table.size, "to": options.kind}
+            layers.append(row)
     sizes = {"before": serialize.weight_bytes(before), "after": serialize.weight_bytes(after)}
     return {"kind": options.kind, "weight_bytes": sizes, "layers": layers}
 

@@ -106,8 +106,10 @@ def test_values_that_would_overflow_stay_in_float32(rows):
     ("options", "message"),
     [
         ({"kind": "float16", "smooth": 0.5}, "smooth is for int8"),
-        ({"kind": "int8", "zero_points": True}, "zero-points is for weights"),
-        ({"kind": "float16", "rounding": "gptq"}, "rounding by gptq"),
+        ({"kind": "int8", "zero_points": True}, "zero-points is for int8-weights"),
+        ({"kind": "float16", "rounding": "gptq"}, "rounding is for int8"),
+        ({"kind": "int4-weights", "method": "mse"}, "method is for int8"),
+        ({"kind": "int8", "rounding": "gptq", "bits": 7}, "for 8 bits with a scale per channel"),
         ({"kind": "int4-weights", "block": 17}, "a block has 16"),
         ({"smooth": 2.0}, "between 0 and 1"),
         ({"smooth": "best"}, "between 0 and 1"),
