@@ -17,6 +17,7 @@ IMPORTANCE = ["l1", "l2", "bn", "activation", "taylor"]
 @click.argument("model")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
 @click.option("--structured", type=Share(), help="Remove this share of channels, neurons and heads.")
+@click.option("--drop-layers", type=click.IntRange(1), help="Leave out so many residual branches that change least.")
 @click.option("--low-rank", type=Share(), help="Split products in two, losing this share of the squared norm.")
 @click.option("--magnitude", type=Share(), help="Zero this share of the weights.")
 @click.option("--block", metavar="ROWSxCOLUMNS", help="With --magnitude: blocks of weights, like 4x8, go together.")
@@ -37,6 +38,7 @@ def command(
     model: str,
     output: Path,
     structured: float | None,
+    drop_layers: int | None,
     low_rank: float | None,
     magnitude: float | None,
     block: str | None,
@@ -88,6 +90,7 @@ def command(
         result = prune(
             model,
             structured=how if structured is not None else None,
+            drop_layers=drop_layers,
             low_rank=low_rank,
             zeros=_zeros(magnitude, block, sparsity, scope),
             clip=clip,
@@ -146,6 +149,8 @@ def _show(console: Any, output: Path, report: dict[str, Any]) -> None:
         table.add_row(escape(family["name"]), units, str(len(family["weights"])))
     if table.rows:
         console.print(table)
+    for name, change in report.get("dropped", {}).items():
+        console.print(f"left out: the branch that {escape(name)} adds, a change of {change:.2%}", highlight=False)
     for layer in report.get("low_rank", ()):
         what = f"rank {layer['rank']}, error {layer['error']:.1%}" if layer["rank"] else "left alone: it would not pay"
         console.print(f"{escape(layer['name'])} [{layer['features']}, {layer['columns']}]: {what}", highlight=False)

@@ -12,8 +12,8 @@ import onnx_ir as oir
 from optc import verification
 from optc.compression import data
 from optc.compression.reconstruct import reconstruct
+from optc.compression.saliency import drop_branches, second_moments
 from optc.compression.saliency import saliency as measure
-from optc.compression.saliency import second_moments
 from optc.driver import Trace, specs, verify_artifact
 from optc.errors import UsageError
 from optc.passes import fuse, pipeline
@@ -51,6 +51,7 @@ def prune(
     path_or_model: Any,
     example_inputs: Sequence[Any] | None = None,
     *,
+    drop_layers: int | None = None,
     structured: float | Structured | None = None,
     low_rank: float | None = None,
     zeros: Zeros | None = None,
@@ -71,6 +72,7 @@ def prune(
     Args:
         path_or_model: see ``optc.capture``.
         example_inputs: the positional inputs that an ``nn.Module`` is captured with.
+        drop_layers: how many residual branches are left out: those that change least on the calibration data.
         structured: the share of channels, neurons, heads and groups that is removed, or how to choose them.
         low_rank: products with constant weights become two where that pays, losing this share of the squared norm.
         zeros: single weights, N of M, or blocks are zero.
@@ -92,8 +94,10 @@ def prune(
     """
     trace = trace or Trace()
     how = structured if isinstance(structured, Structured) else Structured(structured or 0.0)
-    if all(option is None for option in (structured, low_rank, zeros, clip, cluster)):
+    if all(option is None for option in (drop_layers, structured, low_rank, zeros, clip, cluster)):
         raise UsageError("nothing to do", hint="--structured 50%, --low-rank 5%, --magnitude 80%, --sparsity 2:4, …")
+    if drop_layers is not None and calibrate is None:
+        raise UsageError("which layers change little is told by calibration data", hint="give some with --calibrate")
     if how.criterion in DATA_CRITERIA and calibrate is None and saliency is None:
         raise UsageError(f"importance by {how.criterion} needs calibration data", hint="give some with --calibrate")
     with trace.stage("capture"):
@@ -108,8 +112,11 @@ def prune(
     with trace.stage("optimize"):
         normalized(model)
     report: dict[str, Any] = {}
+    if drop_layers is not None:
+        with trace.stage("drop layers"):
+            report["dropped"] = drop_branches(model, calls, drop_layers)
     if structured is not None:
-        report = _structured(model, how, calls, saliency, verify=verify, recover=recover, trace=trace)
+        report |= _structured(model, how, calls, saliency, verify=verify, recover=recover, trace=trace)
     with trace.stage("weights"):
         moments = second_moments(model, calls) if calls and low_rank is not None else None
         if low_rank is not None:

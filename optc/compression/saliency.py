@@ -9,6 +9,7 @@ import onnx_ir as oir
 
 from optc.compression.stages import bound, part
 from optc.errors import UsageError
+from optc.passes.prune import branches
 from optc.passes.prune.layers import Layer, find
 
 MOST_PLACES = 1024
@@ -38,6 +39,34 @@ def saliency(model: oir.Model, calls: Sequence[Mapping[str, np.ndarray]], criter
 def second_moments(model: oir.Model, calls: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return E[x x'] of the features of each layer [features, features], by the name of its weights."""
     return {str(layer.weight.name): moments for layer, moments in _measure(model, calls, full=True)}
+
+
+def drop_branches(model: oir.Model, calls: Sequence[Mapping[str, np.ndarray]], count: int) -> dict[str, float]:
+    """Leave out the ``count`` residual branches that change their sum least, in place; return what each changed.
+
+    The change is one minus the cosine between the sum and what is left of it, over all samples (X. Men et al.:
+    ShortGPT, 2024).
+
+    Raises UsageError for more branches than there are, and for samples of different shapes.
+    """
+    found = branches.find(model)
+    if count > len(found):
+        raise UsageError(f"the model has {len(found)} residual branches, {count} cannot be left out")
+    concrete = bound(model, calls)
+    twins = branches.find(concrete)
+    values = {v.name: v for twin in twins for v in (twin.skip, twin.output) if v.producer() is not None}
+    run = part(concrete, list(concrete.graph.inputs), list(values.values()))
+    sums = np.zeros((len(twins), 3))
+    for call in calls:
+        made = {**call, **run.run(call)}
+        for index, twin in enumerate(twins):
+            a, b = (made[str(v.name)].reshape(-1).astype(np.float64) for v in (twin.skip, twin.output))
+            sums[index] += a @ b, a @ a, b @ b
+    changes = 1 - sums[:, 0] / np.sqrt(np.maximum(sums[:, 1] * sums[:, 2], 1e-300))
+    chosen = np.argsort(changes, kind="stable")[:count]
+    result = {str(found[index].add.name): float(changes[index]) for index in chosen}
+    branches.drop(model, [found[index] for index in sorted(chosen)])
+    return result
 
 
 def _measure(

@@ -171,3 +171,22 @@ def test_calibration_from_the_interface(tmp_path):
         optc.prune(model, structured=Structured(0.5, criterion="taylor"))
     with pytest.raises(UsageError, match="no layers with constant weights"):
         saliency(build("(float[2,3] x) => (float[2,3] y) { y = Relu(x) }"), [{"x": x[:2, 0, 0, :3]}], "taylor")
+
+
+def test_layers_that_change_little_are_left_out():
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((4, 4)).astype(np.float32) * scale for name, scale in (("a", 1), ("b", 0.01))}
+    model = build(
+        """(float[n,4] x) => (float[n,4] y) {
+        h = MatMul(x, a) r = Relu(h) s = Add(x, r) g = MatMul(s, b) t = Tanh(g) y = Add(s, t) }""",
+        **arrays,
+    )
+    x = rng.standard_normal((20, 4)).astype(np.float32)
+    result = optc.prune(model, drop_layers=1, calibrate={"x": x})
+    ((_, change),) = result.report["dropped"].items()
+    assert 0 < change < 0.01
+    np.testing.assert_allclose(run(result.model, {"x": x}), x + np.maximum(x @ arrays["a"], 0), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="has 2 residual branches"):
+        optc.prune(model, drop_layers=3, calibrate={"x": x})
+    with pytest.raises(UsageError, match="calibration data"):
+        optc.prune(model, drop_layers=1)
