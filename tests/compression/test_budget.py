@@ -54,10 +54,6 @@ def test_the_search_stays_within_the_budget(network, rows, tmp_path, capsys):
     assert found["cost"]["quantized"] < found["cost"]["float32"]
     assert found["resumed"] == 0
     assert (tmp_path / "p.svg").read_text().startswith("<svg")
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--max-error", "relative:0.0"])
-    assert ended.value.code == 4
-    assert "no layer can be quantized within" in capsys.readouterr().err
 
 
 def test_only_what_is_faster_on_the_target(network, rows):
@@ -79,7 +75,6 @@ def test_time_of_another_target_is_modelled(quantizer):
 
 def test_sensitivity(network, rows, tmp_path, capsys):
     np.savez(tmp_path / "x.npz", x=rows)
-    np.save(tmp_path / "y.npy", np.zeros(24, int))
     arguments = ["sensitivity", str(network), "--calibrate", str(tmp_path / "x.npz"), "--json"]
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -88,9 +83,6 @@ def test_sensitivity(network, rows, tmp_path, capsys):
     losses = [layer["loss"] for layer in found["layers"]]
     assert len(losses) == 3
     assert losses == sorted(losses, reverse=True)
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--labels", str(tmp_path / "y.npy")])
-    assert ended.value.code == 0
 
 
 def test_errors_come_before_the_work(network, rows, monkeypatch):
