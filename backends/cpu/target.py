@@ -110,6 +110,9 @@ _NO_INLINING = ("-inline-instr-cost:int=100000",)
 def _describe(triple: str, cpu: str, extra: tuple[str, ...], cores: int) -> Any:
     spec: dict[str, Any] = {"kind": "llvm", "mtriple": triple, "mcpu": cpu, "num-cores": cores}
     spec["cl-opt"] = list(_NO_INLINING)
+    if triple.startswith("x86_64"):
+        # It turns sums of integer products into trees that need more registers than there are.
+        spec["cl-opt"].append("-x86-machine-combiner=false")
     if extra:
         spec["mattr"] = list(extra)
     return TvmTarget(spec)
