@@ -242,9 +242,16 @@ class Reader:
             return load(result.source, self.analyzer.simplify(result.indices[0]))
         return result
 
-    def store(self, places: Mapping[Any, Any], flat: Sequence[tuple[Axes, Any]], result: Any) -> Any:
+    def store(
+        self,
+        places: Mapping[Any, Any],
+        flat: Sequence[tuple[Axes, Any]],
+        result: Any,
+        given: Mapping[Any, Any] | None = None,
+    ) -> Any:
         """Return the store of the epilogue at ``places``, where ``result`` is what the core computed there."""
-        value = self.value(self.fused.epilogue, places, flat=flat, given={self.fused.accumulator: result})
+        values = {self.fused.accumulator: result, **(given or {})}
+        value = self.value(self.fused.epilogue, places, flat=flat, given=values)
         value = rounding.simplify(value)
         slot = tirx.BufferLoad(self.fused.output, self.fused.spatial.variables)
         position = self.value(slot, places, flat=flat)

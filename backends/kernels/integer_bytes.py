@@ -3,113 +3,48 @@
     for (batch, strip of rows, chunk of columns):        parallel
         strip[rows, K] = bytes of the row operand
         for column tile of the chunk:
-            start[16] = -shift * sums of the columns                    where 0 is not the byte 0
+            first[16] -= sums of the columns times what rows have too much
             for row tile of the strip:
-                acc[MR, 16] = start + sum over quads of depths of strip * columns         registers
+                acc[MR, 16] = first + sum over quads of depths of strip * columns         registers
                 out = epilogue(acc)
 
-``pmaddubsw`` of x86 adds pairs of products in 16 bits and saturates. For given columns it is exact while the bytes of
-the rows stay below a limit, which is at least half of their range. So a byte is split into its place in a window of
-this size around the zero point and what is left, which is almost always 0: activations lie around their zero point, and
-few are large. The quads that are left over, found once for a strip, are listed for each row, and a second loop
-multiplies these alone:
+``pmaddubsw`` of x86 adds pairs of products in 16 bits and saturates. For given columns it is exact for bytes in the
+windows of ``integer_window.py``. So a byte is split into its place in its window and what is left, which is almost
+always 0: activations lie around their zero point, and few are large. The quads that are left over, found once for a
+strip, are listed for each row, and a second loop multiplies these alone:
 
-        strip, left = clip(strip, window), strip - clip(strip, window)
+        strip, left = clip(strip, windows) - first of the windows, strip - clip(strip, windows)
         for row tile of the strip:
             for row of the tile:  list[row] = places and values of the quads of left that are not 0
         ...
                 acc += sum over the steps of the longest list of values * columns at places
 
-The result is exact for all data; if all of it is large, the second loop is as long as the first.
+The result is exact for all data. If much of it is outside of the windows, ``integer_dense.py`` takes words instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import reduce
+from math import gcd
+from operator import or_
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Fused
-from optc.backends.kernels.integer_contraction import PAIR, QUAD
-from optc.backends.kernels.integer_dot import choose_bytes, put, vector_at
+from optc.backends.kernels.integer_contraction import QUAD
+from optc.backends.kernels.integer_dense import Dense
+from optc.backends.kernels.integer_dot import choose, choose_bytes, put, vector_at
 from optc.backends.kernels.integer_form import Form
 from optc.backends.kernels.integer_product import Product, Width
+from optc.backends.kernels.integer_window import EXCESS, FIRST, LAST
 from optc.backends.kernels.loops import bind, load, loop, sequence, store
 
-_LARGEST = 255
-_LEAST_CHANNELS = 8
-"""Fewer channels are those of data that a network begins with, pixels for example, of which many are large."""
-_LEAST_DEPTH = 192
-"""The depth of columns from which values are taken to crowd around a zero point amid their range."""
 _UNROLL = 2
 """Steps of the reduction in one turn of its loop."""
-_LEAST_COLUMNS = 32
-"""Columns that pay for looking for large bytes."""
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """The byte that stands for 0, counted from the least one, and the largest byte for which products are exact."""
-
-    zero: int
-    limit: int
-
-    @property
-    def first(self) -> int:
-        """The byte at which the window of exact products begins."""
-        return min(max(self.zero - self.limit // 2, 0), _LARGEST - self.limit)
-
-    def notes(self) -> dict[str, list[int]]:
-        """Return the annotations of the block."""
-        return {"zero": [self.zero], "limit": [self.limit]}
-
-
-def choose(target: Target, element: str, zero: int | None, channels: int, packed: np.ndarray) -> Bytes | None:
-    """Return how rows of ``element`` (int8 or uint8) with zero point ``zero`` are multiplied as bytes.
-
-    ``packed`` are the columns in quads; their depths are those of ``channels`` at one or more pixels. None: rows are
-    widened to 16 bits, because the target has no instruction for bytes, something is not known while compiling or not
-    of 8 bits, or too many bytes would be above the limit.
-    """
-    dot = choose_bytes(target)
-    if dot is None or zero is None or packed.dtype != np.int8 or element not in ("int8", "uint8"):
-        return None
-    raw = zero + 128 if element == "int8" else zero
-    if not 0 <= raw <= _LARGEST:
-        return None
-    chosen = Bytes(raw, _LARGEST if dot.widen is None else exact_limit(packed))
-    if chosen.limit == _LARGEST:
-        return chosen
-    if packed.shape[-4] * packed.shape[-2] < _LEAST_COLUMNS or channels < _LEAST_CHANNELS:
-        return None
-    # Signs of what is left change those of the columns.
-    if chosen.first and (packed.shape[-3] * QUAD < _LEAST_DEPTH or packed.min() < -127):
-        return None
-    return chosen
-
-
-def pack(
-    target: Target, element: str, zero: int | None, channels: int, make: Callable[[int], np.ndarray]
-) -> tuple[np.ndarray, dict[str, list[int]]]:
-    """Return columns as ``make`` packs them by fours or by twos, as ``choose`` decides, and the block's annotations."""
-    if choose_bytes(target) is not None:
-        quads = make(QUAD)
-        chosen = choose(target, element, zero, channels, quads)
-        if chosen is not None:
-            return quads, chosen.notes()
-    return make(PAIR), {}
-
-
-def exact_limit(packed: np.ndarray) -> int:
-    """Return the largest byte, at most 255, with which no sum of two products ``[..., 4]`` leaves 16 bits."""
-    pairs = packed.reshape(-1, 2).astype(np.int32)
-    high, low = int(np.maximum(pairs, 0).sum(1).max(initial=1)), int(np.minimum(pairs, 0).sum(1).min(initial=-1))
-    return min(_LARGEST, 32767 // max(high, 1), 32768 // max(-low, 1))
 
 
 class ByteProduct(Product):
@@ -119,21 +54,23 @@ class ByteProduct(Product):
         dot = choose_bytes(target)
         assert dot is not None
         notes = fused.core.annotations
-        self.bytes_ = Bytes(int(notes["optc.zero"][0]), int(notes["optc.limit"][0]))
-        splits = self.bytes_.limit < _LARGEST
-        form = Form(dot.row, self.bytes_.zero - 128 if dot.row == "int8" else self.bytes_.zero)
+        zero = int(notes["optc.zero"][0])
+        splits, self.moved, self.exceeds, self.fours = (bool(v) for v in notes["optc.windows"])
+        form = Form(dot.row, zero - 128 if dot.row == "int8" else zero)
         super().__init__(fused, target, dot, form, target.caches.l2 // (4 if splits else 2))
-        self.byte_dot, self.shift = dot, form.shift - self.bytes_.first
+        self.byte_dot = dot
         self.run = int(self.rows.chunks) * self.rows.chunk
         self.words = self.rows.taps * self.run // QUAD
         self.lists = _Lists(self) if splits else None
+        if self.lists is not None:
+            self.grain = self.lists.period * self.vector
 
     def _strip(self, b: Any, s: Any, first: Any, share: Any) -> Any:
         places = self.batch.at(b)
         rows, allocate_rows = self._allocate_rows()
-        start, allocate_start = loops.scratch("start", self.nr, "int32")
         totals, allocate_totals = loops.scratch("totals", self.mr * self.nr, "int32")
-        split = None if self.lists is None else self.lists.fill(rows, self.rows.count(s))
+        told = self._packed_tile(places, loops.index(self.tiles))
+        split = None if self.lists is None else self.lists.fill(rows, self.rows.count(s), told)
 
         def tile(t: Any, width: Width) -> Any:
             packed = self._packed_tile(places, t)
@@ -142,12 +79,13 @@ class ByteProduct(Product):
                 def one(i: Any) -> Any:
                     r = i * self.mr
                     count = loops.smaller(self.mr, here - r)
-                    products, acc = self._products(rows, i, packed.source, origin, width, start)
+                    products, acc = self._products(rows, i, packed.source, origin, width)
                     finish = self._finish_tile(places, s * self.rows.height + r, count, t, width, acc, totals)
                     return sequence(products, finish)
 
                 return sequence(
-                    self._start(packed.source, origin, width, start),
+                    self._prepare(places, t, width),
+                    self._start(packed.source, origin, told.indices[0], width),
                     loop("i", loops.ceildiv(here, self.mr), one),
                 )
 
@@ -159,49 +97,50 @@ class ByteProduct(Product):
             allocate_rows,
             self.rows.widen(places, s, rows),
             split,
-            allocate_start,
             allocate_totals,
+            *self.epilogue.allocations,
             self._over_columns(first, share, tile),
         )
 
-    def _start(self, columns: Any, origin: Any, width: Width, start: Any) -> Any:
-        """Return what the sums of a column tile begin with, since ``shift`` was added to every row's values."""
-        if not self.shift:
+    def _start(self, columns: Any, origin: Any, told: Any, width: Width) -> Any:
+        """Return what is added to the first sums of a column tile, since rows have too much at each depth."""
+        if not self.exceeds:
             return None
-        lanes = self.dot.lanes
-        ones = tirx.const(0x01010101, "int32")
+        lanes, first = self.dot.lanes, self.epilogue.first
+        totals, allocate = loops.scratch("column_totals", self.nr, "int32")
         zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
         vectors = range(0, width.computed, lanes)
 
         def step(k: Any) -> Any:
+            excess = _word(columns, told + (k * self.nr + EXCESS) * QUAD)
+
             def update(v: int) -> Any:
                 column = vector_at(columns, origin + (k * self.nr + v) * QUAD, QUAD * lanes)
-                return put(start, v, lanes, self.dot.add(vector_at(start, v, lanes), ones, column))
+                return put(totals, v, lanes, self.dot.add(vector_at(totals, v, lanes), excess, column))
 
             return sequence(*(update(v) for v in vectors))
 
-        factor = tirx.Broadcast(tirx.const(-self.shift, "int32"), lanes)
         return sequence(
-            *(put(start, v, lanes, zero) for v in vectors),
+            allocate,
+            *(put(totals, v, lanes, zero) for v in vectors),
             loop("k", self.words, step),
-            *(put(start, v, lanes, vector_at(start, v, lanes) * factor) for v in vectors),
+            *(put(first, v, lanes, vector_at(first, v, lanes) - vector_at(totals, v, lanes)) for v in vectors),
         )
 
-    def _products(self, rows: Any, i: Any, columns: Any, origin: Any, width: Width, start: Any) -> tuple[Any, Any]:
+    def _products(self, rows: Any, i: Any, columns: Any, origin: Any, width: Width) -> tuple[Any, Any]:
         """Return the statement that computes the register tile of row tile ``i``, and the tile's buffer."""
         lanes, nr = self.dot.lanes, self.nr
         acc, allocate = loops.scratch("acc", self.mr * nr, "int32")
         vectors = [(u, v) for u in range(self.mr) for v in range(0, width.computed, lanes)]
         named, bases = self._bases(i * self.mr)
-        zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
+        start = self.epilogue.first
 
         def add(u: int, v: int, word: Any, at: Any, adds: Any = self.dot.add) -> Any:
             column = vector_at(columns, at + v * QUAD, QUAD * lanes)
             return put(acc, u * nr + v, lanes, adds(vector_at(acc, u * nr + v, lanes), word, column))
 
         def add_left(u: int, v: int, word: Any, at: Any) -> Any:
-            signed = self.bytes_.first > 0
-            return add(u, v, word, origin + at, self.byte_dot.add_signed if signed else self.byte_dot.add)
+            return add(u, v, word, origin + at, self.byte_dot.add_signed if self.moved else self.byte_dot.add)
 
         def tap(g: Any) -> Any:
             def steps(offset: Any, begin: Any) -> Any:
@@ -210,7 +149,20 @@ class ByteProduct(Product):
                     words = [_word(rows, base + offset + k * QUAD) for base in bases]
                     return sequence(*(add(u, v, words[u], at) for u, v in vectors))
 
+                def four(k: Any) -> Any:
+                    ats = [begin + (k + i) * (nr * QUAD) for i in range(2)]
+                    words = [[_word(rows, base + offset + (k + i) * QUAD) for i in range(2)] for base in bases]
+
+                    def update(u: int, v: int) -> Any:
+                        pair = [vector_at(columns, at + v * QUAD, QUAD * lanes) for at in ats]
+                        total = vector_at(acc, u * nr + v, lanes)
+                        return put(acc, u * nr + v, lanes, self.byte_dot.add_two(total, words[u], pair))
+
+                    return sequence(*(update(u, v) for u, v in vectors))
+
                 def block(k: Any) -> Any:
+                    if self.fours:
+                        return four(k * _UNROLL)
                     return sequence(*(step(k * _UNROLL + i) for i in range(_UNROLL)))
 
                 whole, rest = divmod(self.run // QUAD, _UNROLL)
@@ -222,48 +174,106 @@ class ByteProduct(Product):
             begin = origin + g * (self.run * nr)
             return bind("offset", self.rows.offset(g), lambda o: bind("begin", begin, lambda p: steps(o, p)))
 
-        begin = [put(acc, u * nr + v, lanes, vector_at(start, v, lanes) if self.shift else zero) for u, v in vectors]
-        rest = None if self.lists is None else self.lists.each(i, vectors, add_left)
-        return sequence(named, allocate, *begin, loop("tap", self.rows.taps, tap), rest), acc
+        begin = [put(acc, u * nr + v, lanes, vector_at(start, v, lanes)) for u, v in vectors]
+        whole = loop("tap", self.rows.taps, tap)
+        if self.lists is not None:
+            whole = sequence(whole, self.lists.each(i, vectors, add_left))
+            if self.lists.dense is not None:
+                words = self._words(self.lists.dense, bases, acc, vectors, columns, origin)
+                whole = tirx.IfThenElse(load(self.lists.dense.many, 0) != 0, words, whole)
+        return sequence(named, allocate, *begin, whole), acc
+
+    def _words(
+        self, dense: Dense, bases: Any, acc: Any, vectors: Sequence[tuple[int, int]], columns: Any, origin: Any
+    ) -> Any:
+        """Return the products of a register tile from the strip in 16 bits."""
+        places = [(u * self.nr + v, v, bases[u]) for u, v in vectors]
+
+        def tap(g: Any) -> Any:
+            def step(k: Any) -> Any:
+                quad = origin + (g * self.run + k * QUAD) * self.nr
+                return dense.add(acc, places, self.rows.offset(g) + k * QUAD, columns, quad)
+
+            return loop("k", self.run // QUAD, step)
+
+        return loop("tap", self.rows.taps, tap)
 
 
 class _Lists:
-    """The quads of a strip that have bytes above the limit, for each row: where its columns are, and what is left."""
+    """The quads of a strip that have bytes outside of their windows, for each row: where its columns are, what is left.
+
+    Windows repeat after ``period`` vectors of the strip.
+    """
 
     def __init__(self, product: ByteProduct) -> None:
         self.product = product
-        self.tiles = loops.ceildiv(product.rows.height, product.mr)
+        rows = product.rows
+        self.tiles = loops.ceildiv(rows.height, product.mr)
         most = self.tiles * product.words * product.mr
         self.places, self.allocate_places = loops.scratch("quad_places", most, "int32")
         self.values, self.allocate_values = loops.scratch("quad_values", most, "int32")
         self.steps, self.allocate_steps = loops.scratch("quad_steps", self.tiles, "int64")
+        # Channels of a pixel that are no quads all have the same window.
+        self.pitch = QUAD if rows.channels % QUAD else int(rows.pitch)
+        self.period = self.pitch // gcd(self.pitch, product.vector)
+        block = self.period * product.vector
+        self.size = loops.ceildiv(rows.size, block) * block
+        # Quads of a row are words of the strip only where pixels are quads.
+        words = rows.pitch % QUAD == 0
+        self.dense = Dense(self.size, product.vector, product.moved, choose(product.target)) if words else None
 
-    def fill(self, rows: Any, count: Any) -> Any:
-        """Return the statement that cuts the bytes of a strip at the limit and lists what is left of its rows."""
-        lanes = self.product.vector
-        size = loops.ceildiv(self.product.rows.size, lanes) * lanes
-        left, allocate_left = loops.scratch("left", size, "uint8")
-        window = self.product.bytes_
-        low, high = (tirx.Broadcast(tirx.const(v, "uint8"), lanes) for v in (window.first, window.first + window.limit))
+    def _windows(self, edge: Any, column: int, told: Any) -> Any:
+        """Return the statement that copies one edge of the windows for all bytes of a period, word by word."""
+        product = self.product
+        known = min(-(-product.rows.channels // QUAD), self.pitch // QUAD)
 
-        def cut(v: Any) -> Any:
-            byte = vector_at(rows, v * lanes, lanes)
-            inside = tirx.max(tirx.min(byte, high), low) if window.first else tirx.min(byte, high)
-            return sequence(
-                put(left, v * lanes, lanes, byte - inside),
-                put(rows, v * lanes, lanes, inside - low if window.first else inside),
-            )
+        def word(i: Any) -> Any:
+            quad = loops.smaller(i % (self.pitch // QUAD), known - 1)
+            value = vector_at(told.source, told.indices[0] + (quad * product.nr + column) * QUAD, QUAD)
+            return put(edge, i * QUAD, QUAD, tirx.reinterpret(f"uint8x{QUAD}", value))
+
+        return loop("i", self.period * product.vector // QUAD, word)
+
+    def fill(self, rows: Any, count: Any, told: Any) -> Any:
+        """Return the statement that cuts the bytes of a strip at their windows and lists what is left of its rows.
+
+        ``told`` is the tile that tells the windows.
+        """
+        product = self.product
+        lanes = product.vector
+        block = self.period * lanes
+        left, allocate_left = loops.scratch("left", self.size, "uint8")
+        low, allocate_low = loops.scratch("low", block, "uint8")
+        high, allocate_high = loops.scratch("high", block, "uint8")
+
+        def cut(at: Any, v: Any) -> Any:
+            byte, top = vector_at(rows, at, lanes), vector_at(high, v * lanes, lanes)
+            inside = tirx.min(byte, top)
+            if not product.moved:
+                return sequence(put(left, at, lanes, byte - inside), put(rows, at, lanes, inside))
+            bottom = vector_at(low, v * lanes, lanes)
+            inside = tirx.max(inside, bottom)
+            return sequence(put(left, at, lanes, byte - inside), put(rows, at, lanes, inside - bottom))
 
         def tiles(here: Any) -> Any:
-            mr = self.product.mr
-            return loop("i", loops.ceildiv(here, mr), lambda i: self._tile(left, i, loops.smaller(mr, here - i * mr)))
+            mr, dense = self.product.mr, self.dense
+            count = loops.ceildiv(here, mr)
+            lists = loop("i", count, lambda i: self._tile(left, i, loops.smaller(mr, here - i * mr)))
+            return lists if dense is None else sequence(lists, dense.decide(rows, left, count * product.words))
 
         return sequence(
             self.allocate_places,
             self.allocate_values,
             self.allocate_steps,
             allocate_left,
-            loop("v", size // lanes, cut),
+            allocate_low,
+            allocate_high,
+            self._windows(low, FIRST, told) if product.moved else None,
+            self._windows(high, LAST, told),
+            *([] if self.dense is None else self.dense.allocations),
+            loop(
+                "block", self.size // block, lambda b: loop("v", self.period, lambda v: cut(b * block + v * lanes, v))
+            ),
             bind("here", count, tiles),
         )
 
@@ -298,6 +308,7 @@ class _Lists:
             loop("u", count, row),
             loop("u", mr, fill),
             store(self.steps, i, load(longest, 0)),
+            None if self.dense is None else self.dense.count(load(longest, 0)),
         )
 
     def _scan(self, left: Any, base: Any, first: Any, lengths: Any, u: Any) -> Any:
@@ -325,10 +336,12 @@ class _Lists:
                     )
                     return tirx.IfThenElse(some != 0, quads, None)
 
-                tail = loop(
+                last = [_word(left, start + whole * lanes + q * QUAD) for q in range(rest)]
+                quads = loop(
                     "q", rest, lambda q: quad(_word(left, start + whole * lanes + q * QUAD), number + whole * wide + q)
                 )
-                return sequence(loop("v", whole, vector) if whole else None, tail if rest else None)
+                tail = tirx.IfThenElse(reduce(or_, last) != 0, quads, None) if rest else None
+                return sequence(loop("v", whole, vector) if whole else None, tail)
 
             return bind(
                 "start",

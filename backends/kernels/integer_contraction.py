@@ -22,7 +22,6 @@ COLUMN_BLOCK = 16
 PAIR = 2
 QUAD = 4
 """Depths packed together: two int16 or four bytes for one lane of an instruction."""
-DEPTH_BLOCK = QUAD
 PANEL_DEPTH = 1024
 """Depths of a column tile that are widened together: as int16 they fill the first-level cache."""
 
@@ -30,10 +29,13 @@ Read = Any
 """A function of an index that returns an int32 expression."""
 
 
-def split_depth(depth: int) -> tuple[int, int]:
-    """Return into how many chunks a run of ``depth`` is split, and the length of each, padding included."""
-    chunks = max(1, -(-depth // PANEL_DEPTH))
-    return chunks, max(1, -(-depth // (chunks * DEPTH_BLOCK))) * DEPTH_BLOCK
+def split_depth(depth: int, group: int) -> tuple[int, int]:
+    """Return into how many chunks a run of ``depth`` is split, and the length of each, padding included.
+
+    A chunk is a multiple of ``group``, and of two.
+    """
+    chunks, block = max(1, -(-depth // PANEL_DEPTH)), max(group, PAIR)
+    return chunks, max(1, -(-depth // (chunks * block))) * block
 
 
 def pack_columns(matrix: np.ndarray, group: int = PAIR) -> np.ndarray:
@@ -44,7 +46,7 @@ def pack_columns(matrix: np.ndarray, group: int = PAIR) -> np.ndarray:
     """
     runs = matrix.reshape(-1, *matrix.shape[-2:])
     taps, k, n = runs.shape
-    chunks, chunk = split_depth(k)
+    chunks, chunk = split_depth(k, group)
     blocks = -(-n // COLUMN_BLOCK)
     padded = np.zeros((taps, chunks * chunk, blocks * COLUMN_BLOCK), _narrowest(matrix))
     padded[:, :k, :n] = runs
@@ -140,7 +142,7 @@ def conv(
     height, width = x.shape[1:3]
     depth = int(x.shape[3]) // groups
     one_run = merged(kernel, dilations, depth)
-    length = int(np.prod(split_depth(depth * (kernel[1] if one_run else 1))))
+    length = int(np.prod(split_depth(depth * (kernel[1] if one_run else 1), together)))
     ky, kx, c = (te.reduce_axis((0, e), name) for e, name in ((kernel[0], "ky"), (kernel[1], "kx"), (depth, "c")))
 
     def element(n: Any, oy: Any, ox: Any, *index: Any) -> Any:

@@ -6,7 +6,7 @@
             for block of channels:
                 for some of the weights, one vector for each, in registers:
                     for tile of P pixels:
-                        sums[P, lanes] += multiply_add(lines, weights)          registers
+                        sums[P, lanes] += multiply_add(lines, weights)          registers, begin as the epilogue wants
                 out = epilogue(sums)
 
 Lines are widened and interleaved once, for all the windows that they are in, into a ring that stays in the first-level
@@ -28,6 +28,7 @@ from optc.backends.kernels import integer_dot, loops
 from optc.backends.kernels.fused import Axes, Fused, Reader, take_apart
 from optc.backends.kernels.integer_depthwise import TEMPLATE, Lines
 from optc.backends.kernels.integer_dot import put, vector_at
+from optc.backends.kernels.integer_epilogue import Epilogue, Row
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
 _RUN = 64
@@ -102,6 +103,7 @@ class _Generator:
         strips = 1 if height is None else max(-(-height // _ROWS), 2 if alone else 1)
         self.rows = _ROWS if height is None else -(-height // strips)
         self.strips = self.reader.size(loops.ceildiv(self.height, self.rows))
+        self.epilogue = Epilogue(self.reader, [self.y, self.x], self.block, target)
 
     def _reach(self, columns: Any) -> Any:
         """Return how many columns of the image ``columns`` windows read."""
@@ -129,7 +131,7 @@ class _Generator:
             body = self._bound(
                 starts, lambda n, first, left, base: self._strip(_Task(n, first, left, base, lines, sums))
             )
-            return sequence(allocate, allocate_sums, body)
+            return sequence(allocate, allocate_sums, *self.epilogue.allocations, body)
 
         return self.reader.finish(loop("task", axes.total, task, "parallel"))
 
@@ -265,7 +267,8 @@ class _Generator:
                 vectors = range(0, self.block, self.dot.lanes)
                 return sequence(*(self._sums(task, lines, b, weight, some, v) for some in self.passes for v in vectors))
 
-            return sequence(bind("weight", start, sums), loop("x", self.span, lambda x: self._put(task, y, x, c)))
+            prepared = self.epilogue.prepare(lambda j: {self.n: task.n, self.c: c + j}, self.block)
+            return sequence(prepared, bind("weight", start, sums), self._put(task, y, c))
 
         return self._bound(places, lambda *lines: self._blocks(task, lambda b, c: block(lines, b, c)))
 
@@ -288,11 +291,8 @@ class _Generator:
         def tile(t: Any) -> Any:
             acc, allocate = loops.scratch("acc", self.tile * lanes, "int32")
             kept = [(t * self.tile + p) * self.block + v for p in pixels]
-            zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
-            first = slots.start == 0
-            begin = [
-                put(acc, p * lanes, lanes, zero if first else vector_at(task.sums, kept[p], lanes)) for p in pixels
-            ]
+            known = [(task.sums, at) for at in kept] if slots.start else [(self.epilogue.first, v)] * self.tile
+            begin = [put(acc, p * lanes, lanes, vector_at(source, at, lanes)) for p, (source, at) in enumerate(known)]
             steps = []
             for slot in slots:
                 start = lines[slot] + t * (self.tile * self.step * self.pixel) + (b * self.block + v) * group
@@ -315,11 +315,22 @@ class _Generator:
             return total + left.astype(f"int32x{lanes}") * right.astype(f"int32x{lanes}")
         return total + tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.dot.name, left, right)
 
-    def _put(self, task: _Task, y: Any, x: Any, c: Any) -> Any:
-        """Return the epilogue of one pixel of a block of channels."""
+    def _put(self, task: _Task, y: Any, c: Any) -> Any:
+        """Return the epilogue of a block of channels of row ``y``, some pixels together."""
+        together = self.epilogue.together(self.block)
+
+        def pixels(x: Any, count: int) -> Any:
+            rows = [self._pixel_row(task, y, x + i, c) for i in range(count)]
+            return self.epilogue.store(rows, self.block, self.dot.lanes)
+
+        whole = self.span // together
+        rest = self.span - whole * together
+        return sequence(
+            loop("x", whole, lambda x: pixels(x * together, together)) if static(whole) != 0 else None,
+            loop("x", rest, lambda x: pixels(whole * together + x, 1)) if static(rest) != 0 else None,
+        )
+
+    def _pixel_row(self, task: _Task, y: Any, x: Any, c: Any) -> Row:
+        """Return pixel ``x`` of the span, channels from ``c``."""
         where = {self.n: task.n, self.y: y, self.x: task.left + x}
-
-        def lane(i: Any) -> Any:
-            return self.reader.store({**where, self.c: c + i}, [], load(task.sums, x * self.block + i))
-
-        return self.reader.lanewise(self.block, lane)
+        return Row(task.sums, x * self.block, lambda j: {**where, self.c: c + j})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,13 +95,23 @@ class ByteDot:
         magnitude = ((spread ^ negative) - negative).astype(f"uint8x{4 * self.lanes}")
         return self._sum(total, magnitude, (column ^ negative) - negative)
 
+    def add_two(self, total: Any, rows: Sequence[Any], columns: Sequence[Any]) -> Any:
+        """Return ``add`` of two rows and columns where the instruction is one of two, whose sums fit 16 bits."""
+        spread = [tirx.reinterpret(f"uint8x{4 * self.lanes}", tirx.Broadcast(row, self.lanes)) for row in rows]
+        first, second = (self._pairs(*both) for both in zip(spread, columns, strict=True))
+        return self._widened(total, first + second)
+
     def _sum(self, total: Any, spread: Any, column: Any) -> Any:
-        sums = f"int32x{self.lanes}"
         if self.widen is None:
-            return tirx.call_llvm_pure_intrin(sums, self.name, total, spread, column)
+            return tirx.call_llvm_pure_intrin(f"int32x{self.lanes}", self.name, total, spread, column)
+        return self._widened(total, self._pairs(spread, column))
+
+    def _pairs(self, spread: Any, column: Any) -> Any:
+        return tirx.call_llvm_pure_intrin(f"int16x{2 * self.lanes}", self.name, spread, column)
+
+    def _widened(self, total: Any, pairs: Any) -> Any:
         ones = tirx.Broadcast(tirx.const(1, "int16"), 2 * self.lanes)
-        pairs = tirx.call_llvm_pure_intrin(f"int16x{2 * self.lanes}", self.name, spread, column)
-        return total + tirx.call_llvm_pure_intrin(sums, self.widen, pairs, ones)
+        return total + tirx.call_llvm_pure_intrin(f"int32x{self.lanes}", self.widen, pairs, ones)
 
 
 def choose_bytes(target: Target) -> ByteDot | None:

@@ -22,10 +22,11 @@ from tvm import tirx
 from optc.backends.base import Target
 from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Axes, Fused, Reader
-from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, DEPTH_BLOCK, PANEL_DEPTH
+from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, PANEL_DEPTH
 from optc.backends.kernels.integer_dot import ByteDot, Dot, put, vector_at
+from optc.backends.kernels.integer_epilogue import Epilogue, Row
 from optc.backends.kernels.integer_form import Form
-from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, spans, tile_rows
+from optc.backends.kernels.integer_rows import MatrixRows, Rows, WindowRows, tile_rows
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
 Columns = tuple[Any, Any]
@@ -47,7 +48,7 @@ class Product:
         self.reader = Reader(fused)
         fused = self.reader.fused
         size = self.reader.size
-        self.dot = dot
+        self.dot, self.target = dot, target
         notes = fused.core.annotations
         row_operand, self.column_operand = fused.core.body.value.b.a, fused.core.body.value.b.b
         self.packed = int(notes["optc.packed"])
@@ -62,7 +63,7 @@ class Product:
         )
         self.reduced = fused.reduced
         make = WindowRows if "optc.kernel" in notes else MatrixRows
-        self.vector = target.lanes(8 * form.size)
+        self.vector = self.grain = target.lanes(8 * form.size)
         self.rows: Rows = make(fused, self.reader, row_axes, row_operand, form, self.vector, strip_bytes)
         self.n, self.b = size(self.columns.total), size(self.batch.total)
         self.nr = COLUMN_BLOCK
@@ -79,6 +80,7 @@ class Product:
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
+        self.epilogue = Epilogue(self.reader, self.rows.axes.variables, self.nr, self.target)
         # At least two tasks, for two threads.
         alone = (static(self.rows.strips) or 1) * (static(self.b) or 1) == 1
         parts = 2 if alone and (static(self.tiles) or 2) > 1 else 1
@@ -144,24 +146,39 @@ class Product:
                     places, t, first, count, panel, lambda columns: loop("i", row_tiles, lambda i: part(i, columns))
                 )
 
-            zero = tirx.const(0, "int32")
+            begin = loop(
+                "i",
+                size // self.nr,
+                lambda i: self.reader.lanewise(
+                    self.nr, lambda j: store(totals, i * self.nr + j, load(self.epilogue.first, j))
+                ),
+            )
             return sequence(
-                loop("i", size, lambda i: store(totals, i, zero)),
+                begin,
                 loop("k", self.blocks, block),
                 self._store(places, start, here, t, width, totals),
             )
 
         def tile(t: Any, width: Width) -> Any:
             make = body_in_blocks if several else body
-            return bind("here", self.rows.count(s), lambda here: make(here, t, width))
+            return sequence(
+                self._prepare(places, t, width),
+                bind("here", self.rows.count(s), lambda here: make(here, t, width)),
+            )
 
         return sequence(
             allocate_rows,
             self.rows.widen(places, s, rows),
             allocate_panel,
             allocate_totals,
+            *self.epilogue.allocations,
             self._over_columns(first, share, tile),
         )
+
+    def _prepare(self, places: dict[Any, Any], t: Any, width: Width) -> Any:
+        """Return the statement that makes the epilogue ready for column tile ``t``."""
+        count = loops.smaller(self.nr, self.n - t * self.nr) if width.columns is None else width.columns
+        return self.epilogue.prepare(lambda j: {**places, **self.columns.at(t * self.nr + j)}, count)
 
     def _over_columns(self, first: Any, share: Any, tile: Callable[[Any, Width], Any]) -> Any:
         """Return ``tile(t, width)`` for ``share`` column tiles from ``first``; only the last may be narrower."""
@@ -218,7 +235,7 @@ class Product:
             column = loops.smaller(t * self.nr + j, self.n - 1)
             where = {**places, **self.columns.at(column), **self.reduced.at(loops.smaller(at, k_total - 1))}
             value = self.reader.value(self.column_operand, where)
-            if static(k_total) is None or k_total % DEPTH_BLOCK:
+            if static(k_total) is None or static(self.depth) != static(k_total):
                 value = tirx.Select(loops.index(at) < loops.index(k_total), value, tirx.const(0, "int32"))
             return store(panel, ((k // group) * self.nr + j) * group + k % group, value.astype("int16"))
 
@@ -237,7 +254,8 @@ class Product:
     ) -> Any:
         """Return the register tile of strip rows ``r`` and following over ``count`` segments from ``first``.
 
-        It starts from what was kept, ``(buffer, position)``, or from 0 where that is None, and goes to ``finish``.
+        It starts from what was kept, ``(buffer, position)``, or from the first sums where that is None, and goes to
+        ``finish``.
         """
         lanes, group, nr, chunk = self.dot.lanes, self.dot.group, self.nr, self.rows.chunk
         acc, allocate = loops.scratch("acc", self.mr * nr, "int32")
@@ -263,8 +281,8 @@ class Product:
             return bind("offset", offset, lambda o: bind("start", columns[1] + g * (chunk * nr), lambda p: steps(o, p)))
 
         if keep is None:
-            zero = tirx.Broadcast(tirx.const(0, "int32"), lanes)
-            begin = sequence(*(put(acc, i * nr + v, lanes, zero) for i, v in vectors))
+            start = self.epilogue.first
+            begin = sequence(*(put(acc, i * nr + v, lanes, vector_at(start, v, lanes)) for i, v in vectors))
         else:
             begin = self._copy(keep[0], keep[1], acc, 0, width)
         return sequence(named, allocate, begin, loop("segment", count, segment), finish(acc))
@@ -272,11 +290,11 @@ class Product:
     def _allocate_rows(self) -> tuple[Any, Any]:
         """Return the buffer of a strip, with room for the rows that its last tile lacks, and its allocation.
 
-        Its size is a multiple of a vector's.
+        Its size is a multiple of ``grain``.
         """
         stride = self.rows.stride
         size = self.rows.size if stride is None else self.rows.size + stride * (self.mr - 1)
-        return loops.scratch("rows", loops.ceildiv(size, self.vector) * self.vector, self.rows.form.dtype)
+        return loops.scratch("rows", loops.ceildiv(size, self.grain) * self.grain, self.rows.form.dtype)
 
     def _bases(self, r: Any) -> tuple[Any, list[Any]]:
         """Return the statement that names where the rows of a tile from strip row ``r`` begin, and the names."""
@@ -306,31 +324,33 @@ class Product:
         partial = sequence(self._copy(acc, 0, totals, 0, width), self._store(places, first, count, t, width, totals))
         if width.columns is None or width.columns % self.dot.lanes:
             return partial
-        whole = sequence(*(self._store(places, first + i, 1, t, width, acc, i) for i in range(self.mr)))
-        rows, height = static(self.rows.total), static(self.rows.height)
-        if rows is not None and height is not None and rows % height == 0 and height % self.mr == 0:
+        rows = [self._row(places, first + i, t, acc, i * self.nr) for i in range(self.mr)]
+        whole = self.epilogue.store(rows, width.columns, self.dot.lanes)
+        total, height = static(self.rows.total), static(self.rows.height)
+        if total is not None and height is not None and total % height == 0 and height % self.mr == 0:
             return whole
         return tirx.IfThenElse(loops.index(count) >= self.mr, whole, partial)
 
-    def _store(
-        self, places: dict[Any, Any], first: Any, count: Any, t: Any, width: Width, totals: Any, at: int = 0
-    ) -> Any:
-        """Return the epilogue of ``count`` rows from ``first``, which are in ``totals`` from row ``at``."""
-        nr = self.nr
+    def _row(self, places: dict[Any, Any], row: Any, t: Any, sums: Any, at: Any) -> Row:
+        """Return row ``row`` of column tile ``t``, whose sums are in ``sums`` from ``at``."""
+        axes, columns, first = self.rows.axes, self.columns, t * self.nr
+        return Row(
+            sums,
+            at,
+            lambda j: {**places, **axes.at(row), **columns.at(first + j)},
+            lambda j: [(axes, row), (columns, first + j)],
+        )
 
-        def put(i: Any, j: Any) -> Any:
-            row, column = first + i, t * nr + j
-            where = {**places, **self.rows.axes.at(row), **self.columns.at(column)}
-            return self.reader.store(
-                where, [(self.rows.axes, row), (self.columns, column)], load(totals, (at + i) * nr + j)
-            )
+    def _store(self, places: dict[Any, Any], first: Any, count: Any, t: Any, width: Width, totals: Any) -> Any:
+        """Return the epilogue of ``count`` rows from ``first``, which are in ``totals``."""
+        nr, epilogue = self.nr, self.epilogue
 
-        def row(i: Any, columns: int) -> Any:
-            return spans(self.reader, columns, self.dot.lanes if columns < nr else nr, lambda j: put(i, j))
+        def each(one: Callable[[Row], Any]) -> Any:
+            return loop("i", count, lambda i: one(self._row(places, first + i, t, totals, i * nr)))
 
         if width.columns is not None:
             columns = width.columns
-            return loop("i", count, lambda i: row(i, columns))
-        whole = loop("i", count, lambda i: row(i, nr))
-        partial = loop("i", count, lambda i: loop("j", self.n - t * nr, lambda j: put(i, j)))
+            return each(lambda row: epilogue.store([row], columns, self.dot.lanes))
+        whole = each(lambda row: epilogue.store([row], nr, self.dot.lanes))
+        partial = each(lambda row: loop("j", self.n - t * nr, lambda j: epilogue.element(row, j)))
         return tirx.IfThenElse(loops.index((t + 1) * nr) <= loops.index(self.n), whole, partial)

@@ -13,7 +13,7 @@ from tvm import tirx
 
 from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Axes, Fused, Reader
-from optc.backends.kernels.integer_contraction import DEPTH_BLOCK, PANEL_DEPTH, split_depth
+from optc.backends.kernels.integer_contraction import PANEL_DEPTH, QUAD, split_depth
 from optc.backends.kernels.integer_form import Form
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
@@ -24,6 +24,7 @@ _LEAST_ROWS = 64
 class Rows(Protocol):
     """The rows of a product, in strips. A row is ``taps`` runs of ``chunks * chunk`` neighbours.
 
+    Values of ``channels`` follow each other in each ``pitch`` of the strip.
     A strip of ``strip_bytes`` stays in the second-level cache while all columns pass over it.
     """
 
@@ -35,6 +36,8 @@ class Rows(Protocol):
     taps: int
     chunks: Any
     chunk: int
+    channels: int
+    pitch: Any
 
     def count(self, s: Any) -> Any:
         """Return the number of rows in strip ``s``."""
@@ -103,10 +106,11 @@ class MatrixRows:
         self.total = reader.size(axes.total)
         self.k = reader.size(self.reduced.total)
         depth = static(self.k)
+        self.channels = depth or 0
         if depth is None:
             self.chunks, self.chunk = reader.size(loops.ceildiv(self.k, PANEL_DEPTH)), PANEL_DEPTH
         else:
-            self.chunks, self.chunk = split_depth(depth)
+            self.chunks, self.chunk = split_depth(depth, int(fused.core.annotations["optc.packed"]))
         self.pitch = _apart(self.chunks * self.chunk, form.size)
         fit = max(_LEAST_ROWS, strip_bytes // (form.size * (static(self.pitch) or PANEL_DEPTH)))
         rows = static(self.total)
@@ -170,7 +174,7 @@ class WindowRows:
         self.inside = inside
         self.image = max(loops.loads(inside), key=lambda x: len(x.indices))
         self.channel = fused.reduced.variables[-1]
-        self.c = int(fused.reduced.extents[-1])
+        self.c = self.channels = int(fused.reduced.extents[-1])
         self.h, self.w = (reader.size(e) for e in self.image.source.shape[1:3])
         # Pixels of wider windows have to be neighbours.
         self.pitch = _apart(self.c, form.size) if self.kernel[1] == 1 else self.c
@@ -181,7 +185,8 @@ class WindowRows:
         self.strides = [1 if k == 1 else s for s, k in zip(notes["strides"], self.kernel, strict=True)]
         self.before = notes["before"]
         self.taps = self.kernel[0] * (1 if self.merged else self.kernel[1])
-        self.chunks, self.chunk = split_depth(self.c * (self.kernel[1] if self.merged else 1))
+        length = self.c * (self.kernel[1] if self.merged else 1)
+        self.chunks, self.chunk = split_depth(length, int(fused.core.annotations["optc.packed"]))
         self.reach = [(k - 1) * d for k, d in zip(self.kernel, self.dilations, strict=True)]
         self.width = reader.size((self.columns - 1) * self.strides[1] + self.reach[1] + 1)
         self.block = self._block(strip_bytes)
@@ -206,7 +211,7 @@ class WindowRows:
     def size(self) -> Any:
         """The number of values that a strip's buffer holds: the last run may read beyond its window."""
         lines = (self.block - 1) * self.strides[0] + self.reach[0] + 1
-        return lines * self.width * self.pitch + DEPTH_BLOCK * self.chunks
+        return lines * self.width * self.pitch + QUAD * self.chunks
 
     def widen(self, places: dict[Any, Any], s: Any, rows: Any) -> Any:
         """Return the statement that fills the buffer: lines of the image with their padding."""

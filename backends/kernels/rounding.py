@@ -40,18 +40,33 @@ def _cast(x: Any) -> Any:
     return bits - tirx.const(_MAGIC_BITS, "int32")
 
 
-def _byte(x: Any, dtype: str) -> Any:
-    """Return ``narrow(int(r) + z)`` for an ``r`` clamped such that ``r + z`` fills the narrow type; else ``x``."""
+def narrowed(x: Any) -> tuple[Any, int] | None:
+    """Take ``narrow(int(r) + z)`` apart for an ``r`` clamped such that ``r + z`` fills the narrow type, 8 bits.
+
+    The result is an int32 expression and z: ``x`` is the sum, after the first one saturates to int16, with saturation.
+    None: ``x`` is something else.
+    """
+    dtype = str(x.ty.dtype)
+    if not isinstance(x, tirx.Cast) or dtype not in ("int8", "uint8"):
+        return None
     rounded, plus = _sum(x.value)
     value, info = _rounded(rounded), np.iinfo(dtype)
     if value is None or _limits(value.args[0]) != (info.min - plus, info.max - plus):
-        return x
+        return None
     clamped = value.args[0]
     total, low, high = clamped.a.a, clamped.a.b, clamped.b
     if not _fits_int32(total):
         # The bounds keep the conversion to int32 defined, no more. A lower one of 0 would be a comparison and a mask.
         total = tirx.min(tirx.max(total, low - tirx.const(1, "float32")), high)
-    short = _saturated(tirx.call_llvm_pure_intrin("int32", "llvm.lrint", total), "int32", "int16")
+    return tirx.call_llvm_pure_intrin("int32", "llvm.lrint", total), plus
+
+
+def _byte(x: Any, dtype: str) -> Any:
+    """Return what ``narrowed`` takes apart with saturation step by step; else ``x``."""
+    parts = narrowed(x)
+    if parts is None:
+        return x
+    short, plus = _saturated(parts[0], "int32", "int16"), parts[1]
     if plus:
         short = tirx.call_llvm_pure_intrin("int16", "llvm.sadd.sat", short, tirx.const(plus, "int16"))
     return _saturated(short, "int16", dtype)

@@ -10,10 +10,10 @@ from tvm import te
 from optc.backends.kernels import (
     contraction,
     convolution,
-    integer_bytes,
     integer_contraction,
     integer_depthwise,
     integer_dot,
+    integer_window,
     integer_winograd,
 )
 from optc.backends.kernels.integer_depthwise import Lines
@@ -97,7 +97,8 @@ def _product(
         packed, notes = pack(integer_contraction.PAIR), dict[str, list[int]]()
     else:
         number = known_zero(site, zero)
-        packed, notes = integer_bytes.pack(site.target, str(x.ty.dtype), number, channels, pack)
+        taps = kernel[0] if integer_contraction.merged(kernel, dilations, channels) else kernel[0] * kernel[1]
+        packed, notes = integer_window.pack(site.target, str(x.ty.dtype), number, channels, pack, taps)
     w = site.weight(packed, "packed")
     subtract, points = zero_point(site, zero, None)
     bias = [] if bias_at is None else [site.tensor(bias_at)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
-from optc.backends.kernels import contraction, integer_bytes, integer_contraction
+from optc.backends.kernels import contraction, integer_contraction, integer_window
 from optc.backends.lowering.broadcasting import broadcast_shapes, checked
 from optc.backends.lowering.emit import shape_of
 from optc.backends.lowering.pointwise import immediate
@@ -103,7 +103,7 @@ def _packed(
     site: Site, a: Any, matrix: np.ndarray, number: int | None, zero: Callable[..., Any], points: list[Any]
 ) -> Any:
     pack = partial(integer_contraction.pack_columns, matrix)
-    packed, notes = integer_bytes.pack(site.target, str(a.ty.dtype), number, matrix.shape[0], pack)
+    packed, notes = integer_window.pack(site.target, str(a.ty.dtype), number, matrix.shape[0], pack)
     weight = site.weight(packed, "packed")
     a = site.check_equal(a, [*shape_of(a)[:-1], matrix.shape[0]])
     n = matrix.shape[1]

@@ -9,33 +9,53 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from optc.backends.cpu.target import resolve
-from optc.backends.kernels import integer_bytes
+from optc.backends.kernels import integer_window
 from optc.backends.kernels.integer_contraction import QUAD, pack_columns
 from optc.backends.kernels.integer_dot import choose_bytes
 
 SETTINGS = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def saturates(packed: np.ndarray, byte: int) -> bool:
-    """Tell whether a sum of two products of bytes 0 or ``byte`` leaves 16 bits."""
-    pairs = packed.reshape(-1, 2).astype(np.int64)
-    sums = [pairs @ np.array(factors) for factors in ((byte, 0), (0, byte), (byte, byte))]
-    return bool(max(s.max() for s in sums) > 32767 or min(s.min() for s in sums) < -32768)
+def saturates(pairs: np.ndarray, byte: np.ndarray) -> np.ndarray:
+    """Tell for each pair of depths whether a sum of two products of bytes 0 or ``byte`` leaves 16 bits."""
+    sums = np.stack([pairs @ np.array(factors) for factors in ((1, 0), (0, 1), (1, 1))], -1) * byte[:, None, None]
+    return (sums.max((1, 2)) > 32767) | (sums.min((1, 2)) < -32768)
 
 
+@SETTINGS
 @given(seed=st.integers(0, 99), size=st.sampled_from([1, 20, 64, 65, 100, 127, 128]))
-def test_the_limit_is_the_largest_exact_byte(seed, size):
+def test_the_limit_of_a_depth_is_the_largest_exact_byte(seed, size):
     weights = np.random.default_rng(seed).integers(-size, size, (24, 40))
-    packed = pack_columns(weights, QUAD)
-    limit = integer_bytes.exact_limit(packed)
-    assert 128 <= limit <= 255
-    assert not saturates(packed, limit)
-    assert not saturates(packed, 255 - limit)
-    assert limit == 255 or saturates(packed, limit + 1)
+    limits = integer_window.exact_limits(pack_columns(weights, QUAD))
+    assert limits.shape == (24,)
+    assert 128 <= limits.min() <= limits.max() <= 255
+    pairs = weights.reshape(12, 2, 40).transpose(0, 2, 1)
+    assert (limits[::2] == limits[1::2]).all()
+    assert not saturates(pairs, limits[::2]).any()
+    assert not saturates(pairs, 255 - limits[::2]).any()
+    assert (saturates(pairs, limits[::2] + 1) | (limits[::2] == 255)).all()
+
+
+@SETTINGS
+@given(seed=st.integers(0, 99), taps=st.integers(1, 3), quads=st.integers(1, 5))
+def test_the_limit_of_four_products(seed, taps, quads):
+    weights = np.random.default_rng(seed).integers(-128, 128, (taps, quads, 2, 2, 20))
+    limits = integer_window.exact_limits(pack_columns(weights.reshape(taps, -1, 20), QUAD), taps)
+    limits = limits.reshape(taps, quads, 2, 2)
+    runs = weights.transpose(0, 1, 2, 4, 3)  # taps, quads, pairs, columns, 2
+    even = quads // 2 * 2
+    fours = np.concatenate([runs[:, :even:2], runs[:, 1:even:2]], -1)
+    assert (limits[:, :even:2] == limits[:, 1:even:2]).all()
+    for sums, limit in ((fours, limits[:, :even:2, :, 0]), (runs[:, even:], limits[:, even:, :, 0])):
+        high, low = np.maximum(sums, 0).sum(-1).max(-1), np.minimum(sums, 0).sum(-1).min(-1)
+        assert (high * limit <= 32767).all()
+        assert (low * limit >= -32768).all()
+        more = limit + 1
+        assert ((high * more > 32767) | (low * more < -32768) | (limit == 255)).all()
 
 
 def test_no_weights_have_no_limit():
-    assert integer_bytes.exact_limit(np.zeros((1, 0, 16, 4), np.int8)) == 255
+    assert integer_window.exact_limits(np.zeros((1, 2, 16, 4), np.int8)).tolist() == [255] * 8
 
 
 SMALL, LARGE = pack_columns(np.full((8, 32), 64), QUAD), pack_columns(np.full((8, 32), -128), QUAD)
@@ -50,7 +70,7 @@ DEEP = pack_columns(np.full((256, 32), 127), QUAD)
         ("x86-64-v3", "int8", -128, LARGE, (0, 128)),
         ("x86-64-v3", "int8", -64, LARGE, (64, 128)),
         ("x86-64-v3", "int8", 1, DEEP, (129, 129)),
-        ("x86-64-v3", "int8", 1, DEEP[:, :40], None),  # around zero, of few channels
+        ("x86-64-v3", "int8", 1, DEEP[:, :5], None),  # around zero, of few channels
         ("x86-64-v3", "int8", 1, np.full_like(DEEP, -128), None),  # -128 has no opposite
         ("x86-64-v3", "uint8", 0, LARGE[:, :, :8], None),  # few columns
         ("x86-64-v3", "uint8", None, SMALL, None),  # a zero point that is not known
@@ -66,9 +86,28 @@ DEEP = pack_columns(np.full((256, 32), 127), QUAD)
     ],
 )
 def test_choice(target, element, zero, packed, expected):
-    chosen = integer_bytes.choose(resolve(target), element, zero, 8, packed)
-    assert integer_bytes.choose(resolve("x86-64-v3"), "uint8", 0, 7, LARGE) is None
-    assert chosen == (None if expected is None else integer_bytes.Bytes(*expected))
+    chosen = integer_window.choose(resolve(target), element, zero, 8, packed)
+    assert integer_window.choose(resolve("x86-64-v3"), "uint8", 0, 7, LARGE) is None
+    if expected is None:
+        assert chosen is None
+        return
+    told = chosen.packed[-1].view(np.uint8).astype(int)
+    sizes = told[:, integer_window.LAST] - told[:, integer_window.FIRST]
+    assert (chosen.zero, sizes.min()) == expected
+    assert chosen.splits == (expected[1] < 255)
+    np.testing.assert_array_equal(chosen.packed[:-1], packed)
+
+
+def test_each_channel_has_the_window_of_its_weights():
+    weights = np.full((2, 16, 32), 64)
+    weights[1, 2] = 127
+    chosen = integer_window.choose(resolve("x86-64-v3"), "uint8", 100, 16, pack_columns(weights, QUAD), taps=2)
+    columns = integer_window.FIRST, integer_window.LAST, integer_window.EXCESS
+    first, last, excess = (chosen.packed[-1, :, column].reshape(2, 16).view(np.uint8) for column in columns)
+    narrow = np.isin(np.arange(16), (2, 3))
+    np.testing.assert_array_equal(first[0], np.where(narrow, 100 - 171 // 2, 0))
+    np.testing.assert_array_equal(last[0], np.where(narrow, 100 - 171 // 2 + 171, 255))
+    np.testing.assert_array_equal(excess, np.tile(100 - first[0], (2, 1)))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +153,9 @@ def test_any_matrix(compile_model, make_model, m, k, n, dtype, zero, largest, pa
     b = rng.choice([max(-largest, -127), largest - 1, 0, 5], (k, n)).astype(np.int8)
     z = np.array(zero + np.iinfo(dtype).min, dtype)
     if k >= 192 or (zero <= 64 and k >= 8):
-        assert integer_bytes.choose(resolve(target), np.dtype(dtype).name, int(z), k, pack_columns(b, QUAD)) is not None
+        assert (
+            integer_window.choose(resolve(target), np.dtype(dtype).name, int(z), k, pack_columns(b, QUAD)) is not None
+        )
     node = helper.make_node("MatMulInteger", ["a", "b", "z"], ["y"])
     model = make_model([node], {"a": (dtype, [m if known else "m", k])}, {"y": np.int32}, {"b": b, "z": z})
     expected = (a.astype(np.int32) - np.int32(z)) @ b.astype(np.int32)
@@ -131,16 +172,30 @@ def test_any_matrix(compile_model, make_model, m, k, n, dtype, zero, largest, pa
     pads=st.tuples(*[st.integers(0, 2)] * 4),
     group=st.sampled_from([1, 1, 2]),
     zero=st.sampled_from([0, 17, 60]),
+    largest=st.sampled_from([60, 127]),
     pattern=PATTERNS,
     target=st.sampled_from(["cpu", "nehalem"]),
     seed=st.integers(0, 9),
 )
 def test_any_window(
-    compile_model, make_model, size, channels, kernel, strides, dilations, pads, group, zero, pattern, target, seed
+    compile_model,
+    make_model,
+    size,
+    channels,
+    kernel,
+    strides,
+    dilations,
+    pads,
+    group,
+    zero,
+    largest,
+    pattern,
+    target,
+    seed,
 ):
     rng = np.random.default_rng(seed)
     x = bytes_of(rng, (2, channels * group, *size), np.uint8, pattern)
-    w = rng.integers(-127, 128, (34 * group, channels, *kernel)).astype(np.int8)
+    w = rng.integers(-largest, largest + 1, (34 * group, channels, *kernel)).astype(np.int8)
     geometry = {"strides": strides, "dilations": dilations, "pads": pads, "group": group}
     node = helper.make_node("ConvInteger", ["x", "w", "z"], ["y"], **geometry)
     z = np.uint8(zero)

@@ -59,6 +59,16 @@ def test_depth_in_blocks_sums_exactly(compile_model, make_model, m, k, n):
     np.testing.assert_array_equal(run(a)[0], product(a, np.int32(0), b, np.int32(0)))
 
 
+@pytest.mark.parametrize("k", [1028, 1036])
+def test_depth_that_its_blocks_do_not_divide(compile_model, make_model, k):
+    rng = np.random.default_rng(0)
+    a, b = integers(rng, (5, k), np.uint8), integers(rng, (k, 20), np.int8)
+    node = helper.make_node("MatMulInteger", ["a", "b"], ["y"])
+    run = compile_model(make_model([node], {"a": (np.uint8, a.shape), "b": (np.int8, b.shape)}, {"y": np.int32}))
+    for _ in range(2):  # what the first run leaves in scratch memory must not matter to the second
+        np.testing.assert_array_equal(run(a, b)[0], product(a, np.int32(0), b, np.int32(0)))
+
+
 @pytest.mark.parametrize("n", [3, 8, 16, 24, 25, 40, 75])
 @pytest.mark.parametrize("m, k", [(1, 20), (7, 1100), (150, 36)])
 def test_last_columns(compile_model, make_model, m, k, n):
