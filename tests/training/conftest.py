@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -13,70 +14,85 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 
-class Run:
-    """A finished or running torchrun: its output, and the processes it started."""
-
-    def __init__(self, process, mark, log):
-        self.process, self.mark, self.log = process, mark, log
-
-    def wait(self, timeout=400):
-        self.process.wait(timeout=timeout)
-        return self
-
-    @property
-    def output(self):
-        return self.log.read_text(encoding="utf-8", errors="replace")
-
-    def alive(self):
-        """Processes that still carry the mark of this run."""
-        return [pid for pid in _processes() if self.mark.encode() in _environment(pid)]
+def marked(mark):
+    """Processes that carry a mark in their environment."""
+    return [int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit() and mark in _environment(e)]
 
 
-def _processes():
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-
-
-def _environment(pid):
+def _environment(entry):
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
+        return (entry / "environ").read_bytes()
     except OSError:  # it ended, or is not ours
         return b""
 
 
+def environment(mark):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OPTC_TEST_RUN": mark}
+
+
+def leave_nothing(mark, allowed=()):
+    """Wait a little for processes to end; kill those that do not, and fail."""
+    deadline = time.monotonic() + 60
+    while (left := set(marked(mark)) - set(allowed)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "processes outlived their run"
+
+
 @pytest.fixture
 def torchrun(tmp_path):
-    """Start `torchrun script arguments`; at the end no process may be left."""
-    runs = []
+    """Run `torchrun script arguments` to its end; no process may be left. Returns the exit status and the output."""
 
-    def start(ranks, script, *arguments, restarts=0, env=None, launcher=None):
-        mark = f"OPTC_TEST_RUN={uuid.uuid4().hex}"
-        log = tmp_path / f"run{len(runs)}.log"
-        command = launcher or [
+    def run(ranks, script, *arguments, restarts=0, env=None):
+        mark, log = uuid.uuid4().hex, tmp_path / "torchrun.log"
+        command = [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"),
             *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--max-restarts={restarts}"),
+            *(str(HERE / script), *map(str, arguments)),
         ]
-        environment = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1", "OPTC_TEST_RUN": mark.split("=")[1]}
         with log.open("w") as file:
-            process = subprocess.Popen(
-                [*command, *([str(HERE / script)] if script else []), *map(str, arguments)],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-        runs.append(Run(process, mark, log))
-        return runs[-1]
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment(mark) | (env or {}))
+        try:
+            status = process.wait(timeout=500)
+        finally:
+            process.kill()
+            leave_nothing(mark.encode())
+        return status, log.read_text(encoding="utf-8", errors="replace")
 
-    yield start
-    left = []
-    for run in runs:
-        run.process.poll()
-        if run.process.returncode is not None:
-            deadline = time.monotonic() + 20
-            while run.alive() and time.monotonic() < deadline:
-                time.sleep(0.2)
-        left += run.alive()
-        for pid in run.alive():
-            os.kill(pid, signal.SIGKILL)
-        run.process.wait(timeout=60)
-    assert not left, "processes outlived their run"
+    return run
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The process that ranks are forked from."""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "forked.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(mark),
+        text=True,
+    )
+    yield process, mark.encode()
+    process.stdin.close()
+    process.wait(timeout=60)
+    leave_nothing(mark.encode())
+
+
+@pytest.fixture
+def ranks(server, tmp_path):
+    """Run a script as several ranks, without torchrun; no process may be left. Returns status and output."""
+    process, mark = server
+
+    def run(count, script, *arguments, env=None):
+        log = tmp_path / "ranks.log"
+        log.unlink(missing_ok=True)
+        job = {"ranks": count, "script": script, "arguments": [*map(str, arguments)], "env": env or {}}
+        process.stdin.write(json.dumps(job | {"log": str(log), "timeout": 500}) + "\n")
+        process.stdin.flush()
+        status = int(process.stdout.readline())
+        leave_nothing(mark, allowed=[process.pid])
+        return status, log.read_text(encoding="utf-8", errors="replace")
+
+    return run
