@@ -27,13 +27,14 @@ def main():
     torch.manual_seed(0)
     module, example = sleeping.build(options.model)
     distributed.initialize(120)
-    latency, bandwidth = distributed.measure_link()
+    latency, bandwidth, reduction = distributed.measure_link()
     costs = costs_of(module, example)
     runs = []
     for text in options.choices:
         pp, dp, schedule, kind = text.split(":")
         fixed = {"pp": int(pp), "dp": int(dp), "schedule": schedule, "data_parallel": kind, "recompute": False}
         fixed |= {"microbatches": options.microbatches // int(dp), "latency": latency, "bandwidth": bandwidth}
+        fixed["reduce_bandwidth"] = reduction
         made = plan(module, example, fixed, costs=costs)
         trainer = Trainer(module, mean_square, made, lambda p: torch.optim.SGD(p, lr=1e-3), timeout=120)
         batch = torch.cat([example] * made.microbatches)

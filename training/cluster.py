@@ -4,6 +4,7 @@
     memory = "16 GiB"          # of each device, or a list
     speeds = [1.0, 1.0, 2.0, 2.0]
     bandwidth = 1e9            # bytes per second between neighbours
+    reduce_bandwidth = 1e9     # the same while replicas sum their gradients, if that is less
     latency = 50e-6            # seconds a message
     batch = 64                 # samples of a step on all devices together
 
@@ -40,6 +41,7 @@ class Cluster:
     speeds: tuple[float, ...]
     latency: float | None = None
     bandwidth: float | None = None
+    reduce_bandwidth: float | None = None
     pp: int | None = None
     dp: int | None = None
     schedule: str | None = None
@@ -54,6 +56,11 @@ class Cluster:
         latency = ASSUMED_LATENCY if self.latency is None else self.latency
         return Link(latency, ASSUMED_BANDWIDTH if self.bandwidth is None else self.bandwidth)
 
+    def reduction_seconds(self, size: float, dp: int, passes: float) -> float:
+        """Time that ``dp`` ranks take to exchange ``size`` bytes each in a ring, ``passes`` times around."""
+        bandwidth = self.reduce_bandwidth or self.link.bandwidth
+        return passes * (dp - 1) / dp * size / bandwidth + 2 * (dp - 1) * self.link.latency
+
     def device(self, pp_rank: int, pp: int) -> Device:
         """What all replicas of a pipeline rank can do: as much as the weakest of them."""
         ranks = range(pp_rank, self.devices, pp)
@@ -61,7 +68,8 @@ class Cluster:
 
 
 _INTEGERS = ("devices", "pp", "dp", "microbatches", "batch")
-_KEYS = (*_INTEGERS, "memory", "speeds", "latency", "bandwidth", "schedule", "recompute", "data_parallel")
+_LINK = ("latency", "bandwidth", "reduce_bandwidth")
+_KEYS = (*_INTEGERS, "memory", "speeds", *_LINK, "schedule", "recompute", "data_parallel")
 
 
 def read(source: Cluster | Mapping[str, Any] | str | os.PathLike[str]) -> Cluster:
@@ -102,6 +110,7 @@ def _parse(content: Mapping[str, Any], where: str) -> Cluster:
         speeds=_each(values.pop("speeds", 1.0), devices, f"{where}: speeds"),
         latency=_number(values.pop("latency", None), f"{where}: latency", zero=True),
         bandwidth=_number(values.pop("bandwidth", None), f"{where}: bandwidth"),
+        reduce_bandwidth=_number(values.pop("reduce_bandwidth", None), f"{where}: reduce_bandwidth"),
         schedule=None if schedule is None else schedules.find(str(schedule)).name,
         **values,
     )

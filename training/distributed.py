@@ -5,13 +5,16 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+import signal
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
 
 from optc.errors import UsageError
 
@@ -62,6 +65,8 @@ def initialize(timeout: float = DEFAULT_TIMEOUT) -> None:
     """
     if dist.is_initialized() or not launched():
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UsageError(f"WORLD_SIZE is set, but not {', '.join(missing)}", hint="start with torchrun")
@@ -75,6 +80,11 @@ def initialize(timeout: float = DEFAULT_TIMEOUT) -> None:
         timeout=delta,
     )
     atexit.register(_leave)
+
+
+def end_with_parent() -> None:
+    """End this process when torchrun is killed: without it, a rank would write into the next run's checkpoints."""
+    _prctl_pr_set_pdeathsig(signal.SIGTERM)  # nothing but on Linux
 
 
 def connect(timeout: datetime.timedelta, *, serve: bool = False) -> Any:
@@ -154,29 +164,42 @@ def agree(value: Any) -> Any:
     return box[0]
 
 
-def measure_link(repeats: int = 10) -> tuple[float, float]:
-    """Latency in seconds and bandwidth in bytes per second between ranks 0 and 1, agreed on. Collective."""
-    device = local_device()
-    times = []
-    for size in (4, 2**22):
-        block = torch.zeros(size // 4, device=device)
-        rounds = []
-        for _ in range(repeats + 2):
-            dist.barrier()
-            start = time.perf_counter()
-            if dist.get_rank() == 0:
-                dist.send(block, dst=1)
-                dist.recv(block, src=1)
-            elif dist.get_rank() == 1:
-                dist.recv(block, src=0)
-                dist.send(block, dst=0)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            rounds.append((time.perf_counter() - start) / 2)
-        times.append(statistics.median(rounds[2:]))
-    latency, whole = times
-    measured: tuple[float, float] = agree((latency, 2**22 / max(whole - latency, 1e-9)))
+def measure_link(repeats: int = 10) -> tuple[float, float, float]:
+    """Latency in seconds and bandwidth in bytes per second between ranks 0 and 1, and the bandwidth of reductions.
+
+    That is of each rank's link while all of them reduce, which may share cores and cables. Agreed on; collective.
+    """
+    device, size = local_device(), 2**22
+
+    def exchange(block: torch.Tensor) -> None:
+        if dist.get_rank() == 0:
+            dist.send(block, dst=1)
+            dist.recv(block, src=1)
+        elif dist.get_rank() == 1:
+            dist.recv(block, src=0)
+            dist.send(block, dst=0)
+
+    latency = _seconds(exchange, torch.zeros(1, device=device), repeats) / 2
+    whole = _seconds(exchange, torch.zeros(size // 4, device=device), repeats) / 2
+    reduction = _seconds(dist.all_reduce, torch.zeros(size // 4, device=device), repeats)
+    ranks = dist.get_world_size()
+    measured: tuple[float, float, float] = agree(
+        (latency, size / max(whole - latency, 1e-9), 2 * (ranks - 1) / ranks * size / reduction)
+    )
     return measured
+
+
+def _seconds(communicate: Callable[[torch.Tensor], Any], block: torch.Tensor, repeats: int) -> float:
+    """Median time of this rank for ``communicate(block)``, after two rounds that do not count; collective."""
+    rounds = []
+    for _ in range(repeats + 2):
+        dist.barrier()
+        start = time.perf_counter()
+        communicate(block)
+        if block.device.type == "cuda":
+            torch.cuda.synchronize(block.device)
+        rounds.append(time.perf_counter() - start)
+    return statistics.median(rounds[2:])
 
 
 def gather_tensors(mine: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:

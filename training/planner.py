@@ -163,11 +163,10 @@ def _evaluate(
     timeline = simulate(schedule, pp, microbatches, times)
     reduction = 0.0
     if dp > 1:
-        link = cluster.link
-        share = 2 * (dp - 1) / dp * (1.5 if sharded else 1.0)  # FSDP gathers the weights besides
+        passes = 3.0 if sharded else 2.0  # FSDP gathers the weights besides
         for rank in range(pp):
             size = sum(_trainable(chain, found, stage) for stage in schedule.stages_of(rank, pp))
-            reduction = max(reduction, share * size / link.bandwidth + 2 * (dp - 1) * link.latency)
+            reduction = max(reduction, cluster.reduction_seconds(size, dp, passes))
     return Candidate(
         pp,
         dp,
@@ -190,7 +189,8 @@ def _backward(times: StageTimes) -> float:
 
 def _trainable(chain: Chain, found: Split, stage: int) -> float:
     start, stop = segments(found.cuts, len(chain.names))[stage]
-    return chain.bytes_of_weights(start, stop, 1.0)
+    # Frozen weights and buffers have no gradients to reduce.
+    return chain.bytes_of_weights(start, stop, 1.0) - chain.bytes_of_weights(start, stop, 0.0)
 
 
 def _fit(

@@ -197,11 +197,12 @@ def _agreed(module: torch.nn.Module, make: Callable[[], Plan]) -> Plan:
 def _with_measured_link(cluster: Cluster) -> Cluster:
     if cluster.latency is not None and cluster.bandwidth is not None:
         return cluster
-    latency, bandwidth = distributed.measure_link()
+    latency, bandwidth, reduce_bandwidth = distributed.measure_link()
     return replace(
         cluster,
         latency=latency if cluster.latency is None else cluster.latency,
         bandwidth=bandwidth if cluster.bandwidth is None else cluster.bandwidth,
+        reduce_bandwidth=cluster.reduce_bandwidth or reduce_bandwidth,
     )
 
 

@@ -78,6 +78,14 @@ def test_a_slow_network_keeps_replicas_apart_and_a_fast_one_does_not_matter(gpt,
     assert slow.pp > 1
 
 
+def test_slow_reductions_keep_replicas_apart(gpt, costs):
+    fixed = {"pp": 1, "dp": 4, "bandwidth": 1e9, "latency": 1e-4}
+    even, slow = (plan(*gpt, fixed | more, costs=costs).best for more in ({}, {"reduce_bandwidth": 1e8}))
+    weights = sum(parameter.nbytes for parameter in gpt[0].parameters())
+    assert even.reduction == pytest.approx(2 * 3 / 4 * weights / 1e9 + 6e-4)
+    assert slow.reduction == pytest.approx(2 * 3 / 4 * weights / 1e8 + 6e-4)
+
+
 def test_memory_forces_a_pipeline(gpt, costs):
     whole = plan(*gpt, {"devices": 4, "pp": 1}, costs=costs).best.memory[0]
     made = plan(*gpt, {"devices": 4, "memory": whole * 0.7}, costs=costs)
