@@ -133,7 +133,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", choices=["cnn", "vit"])
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--importance", default="l2", choices=["l1", "l2", "bn", "activation", "taylor"])
+    parser.add_argument("--importance", default="l2", choices=["l1", "l2", "bn"])
     parser.add_argument("--fine-tune", type=int, default=200, metavar="STEPS")
     options = parser.parse_args()
     how = Structured(options.ratio, criterion=options.importance)

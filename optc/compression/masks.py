@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from optc.compression.prune import normalized
-from optc.errors import UnsupportedModelError
+from optc.errors import UnsupportedModelError, UsageError
 from optc.passes.match import constant
 from optc.passes.prune.analysis import Coupling, analyse
 from optc.passes.prune.importance import CRITERIA, Scores
@@ -30,8 +30,11 @@ def structured_masks(
     ``saliency`` is by the same names: ``|w * gradient|``, summed over batches, is the first-order Taylor expansion of
     the loss (P. Molchanov et al., 2019).
 
-    Raises UnsupportedModelError for weights that the compiler combined with others, and what ``optc.capture`` raises.
+    Raises UsageError for a criterion that needs data without ``saliency``, UnsupportedModelError for weights
+    that the compiler combined with others, and what ``optc.capture`` raises.
     """
+    if how.criterion not in CRITERIA and saliency is None:
+        raise UsageError(f"importance by {how.criterion} comes as saliency", hint=f"without it: {', '.join(CRITERIA)}")
     model = capture(module, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     normalized(model)
     coupling = analyse(model)

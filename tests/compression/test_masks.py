@@ -5,6 +5,7 @@ import pytest
 
 import optc
 from optc.compression.masks import structured_masks
+from optc.errors import UsageError
 from optc.passes.prune.select import Structured
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -44,6 +45,11 @@ def test_a_masked_module_is_pruned_without_a_trace():
     model = optc.compile(result.model, verify=False).model()
     found = next(iter(model.run({model.inputs[0].name: x.numpy()}).values()))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_criterion_that_needs_data():
+    with pytest.raises(UsageError, match="comes as saliency"):
+        structured_masks(Mixed(), (torch.randn(2, 1, 8, 8),), Structured(0.5, criterion="taylor"))
 
 
 def test_saliency_by_the_names_of_parameters():
