@@ -1,4 +1,4 @@
-"""Operators of onnxruntime's own domain, ``com.microsoft``, that have an equal in ONNX: weights that are quantized.
+"""Operators of onnxruntime's own domain, ``com.microsoft``, that have an equal in ONNX: those of quantization.
 
 The canonical form of a quantized weight is a constant under DequantizeLinear. The definitions are those of
 onnxruntime's schemas (``docs/ContribOperators.md`` there).
@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as oir
 
 from optc.errors import InvalidModelError, UnsupportedModelError
+from optc.frontend import contrib_quantized
 from optc.frontend.names import Names
 from optc.frontend.upgrade import Edit, Refused
 from optc.ir import provenance
@@ -105,6 +106,7 @@ def gather_block_quantized(edit: Edit) -> None:
 
 
 _OPERATORS: dict[str, Callable[[Edit], None]] = {
+    **contrib_quantized.OPERATORS,
     "MatMulNBits": matmul_nbits,
     "GatherBlockQuantized": gather_block_quantized,
 }

@@ -128,6 +128,35 @@ def replace(expression: Any, variables: Mapping[Any, Any], on_load: Callable[[An
     return tvm_ffi.structural_map(expression, callbacks, order="pre")
 
 
+def hoisted(expression: Any) -> Any:
+    """Return ``expression`` with the values that it binds by Let bound around all of it, each once.
+
+    TVM vectorizes the operands of a product twice, and takes a Let in one of them for two that contradict each other.
+    What is bound under a condition may be defined only there: such expressions stay as they are.
+    """
+    conditions: list[Any] = []
+    tvm_ffi.structural_walk(expression, (tvm.ir.Call, lambda x: conditions.append(str(x.op.name))))
+    if "tirx.if_then_else" in conditions:
+        return expression
+    bound: list[tuple[Any, Any]] = []
+
+    def lift(let: Any) -> Any:
+        # The map goes on with the operands of what it is given back.
+        while isinstance(let, tirx.Let):
+            fresh = tirx.Var(let.var.name, let.var.ty)
+            bound.append((fresh, inside(let.value)))
+            let = replace(let.body, {let.var: fresh})
+        return let
+
+    def inside(part: Any) -> Any:
+        return tvm_ffi.structural_map(part, [(tirx.Let, lift)], order="pre")
+
+    result = inside(expression)
+    for variable, value in reversed(bound):
+        result = tirx.Let(variable, value, result)
+    return result
+
+
 def uses(expression: Any, variables: Sequence[Any]) -> bool:
     """Tell whether an expression mentions one of ``variables``."""
     found: list[bool] = []
