@@ -62,7 +62,7 @@ def run(case, steps):
     cluster = {"pp": pp, "dp": dp, "schedule": schedule, "microbatches": microbatches, "data_parallel": kind}
     # Two stages on one device would not be split by speed alone: any costs do, as long as all ranks agree.
     made = plan(module, tuple(tensor[:SIZE] for tensor in inputs), cluster, costs="roofline")
-    trainer = Trainer(module, loss_fn, made, make_optimizer, timeout=120)
+    trainer = Trainer(module, loss_fn, made, make_optimizer, timeout=500)
     share = slice(trainer.world.dp_rank * microbatches * SIZE, (trainer.world.dp_rank + 1) * microbatches * SIZE)
     mine, wanted = tuple(tensor[share] for tensor in inputs), targets[share]
     losses = [trainer.step(mine, wanted)]
