@@ -218,8 +218,9 @@ class _Lists:
         self.period = self.pitch // gcd(self.pitch, product.vector)
         block = self.period * product.vector
         self.size = loops.ceildiv(rows.size, block) * block
-        # Quads of a row are words of the strip only where pixels are quads.
-        words = rows.pitch % QUAD == 0
+        # Quads of a row are words of the strip only where pixels are quads. Two ways to sums in vectors of 128 bits
+        # are more than there are registers for.
+        words = rows.pitch % QUAD == 0 and product.dot.lanes >= 8
         self.dense = Dense(self.size, product.vector, product.moved, choose(product.target)) if words else None
 
     def _windows(self, edge: Any, column: int, told: Any) -> Any:

@@ -74,7 +74,8 @@ def choose(
     if dot.widen is not None:
         limits = _of_channels(exact_limits(packed), channel, channels)
         of_four = _of_channels(exact_limits(packed, taps), channel, channels)
-        fours = bool(raw <= of_four.min(initial=_LARGEST) // 2 and of_four.mean() >= _LEAST_OF_FOUR)
+        # The columns of two quads in vectors of 128 bits are more than there are registers for.
+        fours = dot.lanes >= 8 and bool(raw <= of_four.min(initial=_LARGEST) // 2 and of_four.mean() >= _LEAST_OF_FOUR)
         limits = of_four if fours else limits
     first = np.minimum(np.maximum(raw - limits // 2, 0), _LARGEST - limits) if dot.widen else np.zeros_like(limits)
     splits, moved = bool((limits < _LARGEST).any()), bool(first.any())
