@@ -82,3 +82,25 @@ def test_a_residual_sum_is_part_of_the_product(compile_model):
     assert difference.max() <= 1
     assert difference.mean() < 0.02
     assert rules(model) == ["integer_contraction"]
+
+
+def test_an_activation_between_two_roundings(compile_model):
+    """Rounding binds values, inside of a product of floats, whose operands TVM vectorizes twice."""
+    rng = np.random.default_rng(3)
+    w = rng.integers(-127, 128, (16, 16, 1, 1)).astype(np.int8)
+    x = rng.integers(-127, 128, (1, 16, 5, 6)).astype(np.int8)
+    s = F(0.02)
+    text = """(int8[1,16,5,6] x) => (int8[1,16,5,6] y) {
+        d0 = DequantizeLinear(x, s) v = DequantizeLinear(w, s) c = Conv(d0, v)
+        q1 = QuantizeLinear(c, t, z) d1 = DequantizeLinear(q1, t)
+        a = Sigmoid(d1) q2 = QuantizeLinear(a, s, z) d2 = DequantizeLinear(q2, s) m = Mul(d1, d2)
+        q3 = QuantizeLinear(m, t, z) d3 = DequantizeLinear(q3, t) l = LeakyRelu(d3) y = QuantizeLinear(l, t, z) }"""
+    model = optimized(text, {"w": w, "s": s, "t": F(0.5), "z": np.int8(0)})
+    total = np.einsum("oi,nihw->nohw", w[:, :, 0, 0].astype(np.int32), x.astype(np.int32))
+    first = requantized(total, s * s, 0.5, 0, np.int8).astype(F) * F(0.5)
+    gate = np.clip(np.rint(1 / (1 + np.exp(-first)) / s), -128, 127) * s
+    product = np.clip(np.rint(first * gate / F(0.5)), -128, 127) * F(0.5)
+    expected = np.clip(np.rint(np.where(product < 0, product * F(0.01), product) / F(0.5)), -128, 127)
+    (found,) = compile_model(model)(x)
+    # A step of one of the roundings in between is a step of the result.
+    assert np.abs(found.astype(int) - expected).max() <= 1
