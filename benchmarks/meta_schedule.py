@@ -26,8 +26,8 @@ import onnx
 import onnx.helper
 import tvm
 from tvm import te, tirx
-from tvm.s_tir import meta_schedule
 from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule
 
 from optc import driver
 from optc.autotune import log
