@@ -6,6 +6,7 @@ left them: copies cannot take turns within one measurement.
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from optc.runtime.cpu import architecture
 
 SESSION_SECONDS = 240.0
 """After this time a server ends a session, whatever hangs in it; workers ask for a new one well before."""
+_CONNECT_SECONDS = 10.0
 Kernel = Callable[..., Any]
 
 
@@ -58,6 +60,8 @@ class Tracker:
         from tvm import rpc
 
         try:
+            # TVM's client tries again for a minute.
+            socket.create_connection((self.host, self.port), timeout=_CONNECT_SECONDS).close()
             summary = rpc.connect_tracker(self.host, self.port).summary()
         except (OSError, RuntimeError, ValueError) as error:
             raise NoServerError(f"no tracker answers at {self.address}: {error}") from error

@@ -37,4 +37,4 @@ def aligned(array: NDArray[Any]) -> Any:
     start = -buffer.ctypes.data % ALIGNMENT
     view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     view[...] = array
-    return tvm.runtime.tensor(view) if array.dtype.name != "bfloat16" else tvm.runtime.tensor(view, dtype="bfloat16")
+    return tvm.runtime.tensor(view)
