@@ -131,6 +131,23 @@ def test_alphas_go_to_the_activations_that_take_one(compile_model, make_model):
     check(compile_model, model, [feed(3, 2)])
 
 
+def test_a_product_of_activations(compile_model, make_model):
+    """TVM refuses within a vector of products what activations of float64 bind; bounded sums, small weights."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(1, 32, 3)) * 0.2, "r": rng.normal(size=(1, 32, 8)) * 0.2}
+    node = helper.make_node(
+        "LSTM", ["x", "w", "r"], ["y"], hidden_size=8, activations=["Elu", "ScaledTanh", "LeakyRelu"],
+        activation_alpha=[0.8, 0.5, 0.1], activation_beta=[0.75],
+    )  # fmt: skip
+    x = rng.normal(size=(4, 2, 3))
+    model = make_model([node], {"x": ("f8", x.shape)}, {"y": "f8"}, weights, opset=21)
+    # onnxruntime has it for float32 only.
+    narrow = {name: array.astype("f4") for name, array in weights.items()}
+    single = make_model([node], {"x": ("f4", x.shape)}, {"y": "f4"}, narrow, opset=21)
+    (found,), (expected,) = compile_model(model)(x), reference(single, {"x": x.astype("f4")})
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_batch_first_against_time_first(compile_model, make_model):
     for op in ("RNN", "GRU", "LSTM"):
         options = {"given": ("b", "h0", "c0"), "direction": "bidirectional", "seed": 3}
