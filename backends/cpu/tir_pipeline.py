@@ -10,7 +10,7 @@ from tvm.s_tir.pipeline import default_s_tir_pipeline
 from tvm.tirx.compilation_pipeline import register_tir_pipeline
 from tvm.tirx.stmt import Return
 
-from optc.backends.cpu import tasks
+from optc.backends.cpu import scratch, tasks
 
 DIRECT = "calling_conv"
 """Attribute of kernels that are called directly: TVM gives no packed interface to functions that have one.
@@ -52,14 +52,10 @@ def _has(function: Any, attribute: str) -> bool:
 
 @tvm.transform.module_pass(opt_level=0, name="PlaceScratch")  # type: ignore[untyped-decorator]
 def _place_scratch(module: Any, _context: Any) -> Any:
-    """Say where direct functions allocate scratch buffers; TVM says so only for those with a packed interface."""
-    default = tvm.ir.StringImm("default")
     for var, function in module.functions.items():
-        if isinstance(function, tirx.PrimFunc) and _has(function, DIRECT):
-            body = function.body
-            for key, value in (("device_type", 1), ("device_id", 0)):
-                body = tirx.AttrStmt(default, key, tirx.IntImm("int32", value), body)
-            module.update_func(var, function.with_body(body))
+        if isinstance(function, tirx.PrimFunc):
+            placed = scratch.keep_off_the_stack(function)
+            module.update_func(var, scratch.allocate_directly(placed) if _has(function, DIRECT) else placed)
     return module
 
 
