@@ -52,6 +52,14 @@ class Share(click.ParamType[float]):
             self.fail(f"'{value}' is no share; write 50% or 0.5", param, ctx)
 
 
+def check_portable(output: Path, verb: str) -> None:
+    """Raise UsageError, before the work, if ``output`` cannot become the ONNX file that ``optc verb`` writes."""
+    if output.suffix != ".onnx":
+        raise UsageError(f"{output}: the output of `optc {verb}` is an .onnx file")
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder of {output} does not exist")
+
+
 def capture_options(command: Command) -> Command:
     """Add the options that fix a model's inputs."""
     for option in (

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from optc.cli.common import capture_arguments, capture_options, json_option, print_json
-from optc.errors import UsageError
+from optc.cli.common import capture_arguments, capture_options, check_portable, json_option, print_json
 
 
 @click.command(name="optimize")
@@ -41,8 +40,7 @@ def command(
     from optc.ir import serialize
     from optc.passes.observer import observers
 
-    if output.suffix != ".onnx":
-        raise UsageError(f"{output}: the output of `optc optimize` is an .onnx file")
+    check_portable(output, "optimize")
     trace = Trace()
     optimized = optimize(
         model,

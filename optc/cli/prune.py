@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from optc.cli.common import Share, capture_arguments, capture_options, json_option, print_json
+from optc.cli.common import Share, capture_arguments, capture_options, check_portable, json_option, print_json
 from optc.errors import UsageError
 
 IMPORTANCE = ["l1", "l2", "bn", "activation", "taylor"]
@@ -80,8 +80,7 @@ def command(
     from optc.ir import serialize
     from optc.passes.prune.select import Structured
 
-    if output.suffix != ".onnx":
-        raise UsageError(f"{output}: the output of `optc prune` is an .onnx file")
+    check_portable(output, "prune")
     if structured is None and (layers or importance != "l2"):
         raise UsageError("--layer and --importance speak about --structured")
     how = Structured(structured or 0.0, scope, importance, multiple, layers=dict(map(_layer, layers)))

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from optc.cli.budget import budget_options, goal, write_plot
-from optc.cli.common import capture_arguments, capture_options, json_option, print_json
-from optc.errors import UsageError
+from optc.cli.common import capture_arguments, capture_options, check_portable, json_option, print_json
 
 KIND_HELP = "int8 (default), int8-dynamic, int8-weights, int4-weights, float16 or bfloat16."
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -111,10 +110,7 @@ def command(
     from optc.compression.quantize import quantize
     from optc.ir import serialize
 
-    if output.suffix != ".onnx":
-        raise UsageError(f"{output}: the output of `optc quantize` is an .onnx file")
-    if not output.parent.is_dir():
-        raise UsageError(f"the folder of {output} does not exist")
+    check_portable(output, "quantize")
     wanted = goal(given)
     console = Console(stderr=True)
     with console.status("starting") as status:

@@ -68,7 +68,6 @@ def test_values_of_weights(mlp, tmp_path):
 
 def test_errors(mlp, tmp_path):
     out = tmp_path / "small.onnx"
-    assert "an .onnx file" in invoke("prune", mlp, "--structured", "50%", "-o", tmp_path / "a.optc", error=UsageError)
     assert "between 0 and 1" in invoke("prune", mlp, "--structured", "100%", "-o", out, error=UsageError)
     text = invoke("prune", mlp, "--structured", "1%", "--layer", "nothing=1%", "-o", out, error=UsageError)
     assert "nothing that can be pruned is called 'nothing'" in text
@@ -88,3 +87,9 @@ def test_a_wrong_removal_is_an_error(mlp, monkeypatch):
     monkeypatch.setattr("optc.passes.prune.structured.mask", lambda model, coupling, removed: None)
     with pytest.raises(AccuracyError):
         optc.prune(mlp, structured=Structured(0.5))
+
+
+@pytest.mark.parametrize("verb", ["optimize", "quantize", "prune"])
+def test_outputs_are_checked_before_the_work(mlp, tmp_path, verb):
+    assert "an .onnx file" in invoke(verb, mlp, "-o", tmp_path / "a.optc", error=UsageError)
+    assert "does not exist" in invoke(verb, mlp, "-o", tmp_path / "missing" / "a.onnx", error=UsageError)
