@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from optc.compression.owners import Owners
 from optc.compression.prune import normalized
 from optc.errors import UnsupportedModelError, UsageError
 from optc.passes.match import constant
-from optc.passes.prune.analysis import Coupling, analyse
+from optc.passes.prune.analysis import analyse
 from optc.passes.prune.importance import CRITERIA, Scores
 from optc.passes.prune.select import Structured, choose
 from optc.source import capture
@@ -39,7 +40,7 @@ def structured_masks(
     normalized(model)
     coupling = analyse(model)
     criterion = how.criterion if how.criterion in CRITERIA else "l2"
-    owners = _Owners(module)
+    owners = Owners(module)
     if saliency is not None:
         saliency = owners.renamed(coupling, saliency)
     chosen = choose(coupling, Scores(coupling, criterion, saliency), how)
@@ -63,29 +64,3 @@ def structured_masks(
     if lost:
         raise UnsupportedModelError(f"weights that are no parameters of the module any more: {', '.join(lost[:5])}")
     return masks
-
-
-class _Owners:
-    """The parameters of a module: the compiler transposes some, which changes their names."""
-
-    def __init__(self, module: Any) -> None:
-        self._arrays = {name: p.detach().cpu().numpy() for name, p in module.named_parameters()}
-
-    def find(self, name: str, array: np.ndarray) -> tuple[str, bool] | None:
-        """Return the parameter that a tensor is, and whether it is transposed."""
-        if name in self._arrays and self._arrays[name].shape == array.shape:
-            return name, False
-        for owner, own in self._arrays.items():
-            if own.ndim == array.ndim == 2 and own.T.shape == array.shape and np.array_equal(own.T, array):
-                return owner, True
-        return None
-
-    def renamed(self, coupling: Coupling, saliency: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return saliency by the names of the graph's tensors."""
-        found = {}
-        for value in coupling.axes.table:
-            array = constant(value)
-            owner = self.find(str(value.name), array) if array is not None else None
-            if owner is not None and owner[0] in saliency:
-                found[str(value.name)] = saliency[owner[0]].T if owner[1] else saliency[owner[0]]
-        return found
