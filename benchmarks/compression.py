@@ -1,4 +1,4 @@
-"""Accuracy of quantized models, beside onnxruntime's static quantizer with each of its calibrators.
+"""Accuracy of quantized models, beside onnxruntime's static quantizer with each of its calibrators, and NNCF.
 
     python benchmarks/compression.py [--only REGEX] [--report]
 
@@ -14,13 +14,13 @@ import functools
 import json
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import compression_data as texts
+import compression_peers as peers
 import numpy as np
 import onnx
 import onnx_ir as oir
@@ -53,6 +53,7 @@ class Task:
     score: Callable[[list[Any], list[Any]], float]
     unit: str
     int4: bool = False
+    transformer: bool = False
 
 
 def recognition(run: Run) -> list[str]:
@@ -94,13 +95,13 @@ def spearman(found: list[float], expected: list[float]) -> float:
 
 
 def _embedding(run: Run, sentence: str) -> np.ndarray:
-    feeds = _tokens(sentence)
+    feeds = tokens(sentence)
     hidden, mask = next(iter(run(feeds).values()))[0], feeds["attention_mask"][0][:, None]
     mean = (hidden * mask).sum(0) / mask.sum()
     return np.asarray(mean / np.linalg.norm(mean))
 
 
-def _tokens(sentence: str) -> dict[str, np.ndarray]:
+def tokens(sentence: str) -> dict[str, np.ndarray]:
     found = _tokenizer().encode(sentence)
     values = {"input_ids": found.ids, "attention_mask": found.attention_mask, "token_type_ids": found.type_ids}
     return {name: np.array([value]) for name, value in values.items()}
@@ -113,8 +114,8 @@ def _tokenizer() -> Any:
 
 def classification(run: Run) -> list[bool]:
     """Return which of the 360 test images are told right."""
-    _, (images, labels) = _digits().digits()
-    return list(run({"x": images})["y"].argmax(1) == labels)
+    images, labels = digits_module().digits()[1]
+    return list(run({"x": images.numpy()})["y"].argmax(1) == labels.numpy())
 
 
 def share(right: list[bool], _: list[bool]) -> float:
@@ -123,7 +124,7 @@ def share(right: list[bool], _: list[bool]) -> float:
 
 
 @functools.cache
-def _digits() -> Any:
+def digits_module() -> Any:
     sys.path.insert(0, str(ROOT / "examples"))
     import quantize_digits
 
@@ -132,16 +133,17 @@ def _digits() -> Any:
 
 def _digits_file(name: str) -> Path:
     path = FOLDER / f"{name}.onnx"
-    return path if path.exists() else _digits().export(name, FOLDER)
-
-
-def _digits_calibration(name: str) -> list[dict[str, np.ndarray]]:
-    (images, _), _ = _digits().digits()
-    return [{name: images[start : start + 32]} for start in range(0, 512, 32)]
+    if not path.exists():
+        digits_module().export(digits_module().network(name), path)
+    return path
 
 
 def _on_digits(name: str) -> Task:
-    return Task(lambda: _digits_file(name), _digits_calibration, classification, share, "images right", int4=True)
+    def calibration(_: str) -> list[dict[str, np.ndarray]]:
+        return list(digits_module().calibration())
+
+    file = functools.partial(_digits_file, name)
+    return Task(file, calibration, classification, share, "images right", int4=True, transformer=name == "vit")
 
 
 TASKS = {
@@ -161,11 +163,12 @@ TASKS = {
     ),
     "MiniLM": Task(
         lambda: CACHE / "exported" / "minilm.onnx",
-        lambda _: [_tokens(sentence) for sentence in texts.sentences(200, 0)[:64]],
+        lambda _: [tokens(sentence) for sentence in texts.sentences(200, 0)[:64]],
         similarity,
         spearman,
         "Spearman with float32",
         int4=True,
+        transformer=True,
     ),
     "digits CNN": _on_digits("cnn"),
     "digits ViT": _on_digits("vit"),
@@ -192,41 +195,9 @@ def ours(task: Task) -> dict[str, Options]:
     return int8 | (int4 if task.int4 else {})
 
 
-class _Reader:
-    """onnxruntime's interface to calibration data."""
-
-    def __init__(self, calls: list[dict[str, np.ndarray]]) -> None:
-        self._calls: Iterator[dict[str, np.ndarray]] = iter(calls)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._calls, None)
-
-
-def theirs(file: Path, calls: list[dict[str, np.ndarray]], method: str) -> onnx.ModelProto:
-    """Return what onnxruntime's quantize_static makes: per channel, unsigned activations."""
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with tempfile.TemporaryDirectory() as folder:
-        whole, prepared, result = (Path(folder) / f"{name}.onnx" for name in ("whole", "prepared", "result"))
-        onnx.save(onnx.load(file), whole)
-        quant_pre_process(whole, prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            result,
-            _Reader(calls),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=getattr(CalibrationMethod, method),
-        )
-        return onnx.load(result)
-
-
 def runner(model: Any) -> Run:
     """Return a model as a function, run by onnxruntime as it is written."""
-    return OnnxRuntime(optc.capture(model) if isinstance(model, onnx.ModelProto) else model, 1, literal=True).run
+    return OnnxRuntime(oir.from_proto(model) if isinstance(model, onnx.ModelProto) else model, 1, literal=True).run
 
 
 def measure(name: str) -> None:
@@ -251,19 +222,20 @@ def measure(name: str) -> None:
     def mine(options: Options) -> float:
         return task.score(task.see(runner(quantizer.run(options).model)), reference)
 
-    def peer(method: str) -> float | str:
+    def peer(quantize: Callable[[], onnx.ModelProto]) -> float | str:
         try:
-            return task.score(task.see(runner(theirs(file, calls, method))), reference)
+            return task.score(task.see(runner(quantize())), reference)
         except Exception as error:  # the peer raises errors of every kind for what it cannot do
-            return f"fails: {type(error).__name__}"
+            return f"fails: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
 
-    variants = ours(task)
-    keep("optc int8", lambda: mine(variants["optc int8"]))
-    keep("onnxruntime MinMax", lambda: peer("MinMax"))
-    for what, options in variants.items():
+    for what, options in ours(task).items():
         keep(what, lambda options=options: mine(options))
-    keep("onnxruntime Entropy", lambda: peer("Entropy"))
-    keep("onnxruntime Percentile", lambda: peer("Percentile"))
+    for method in peers.CALIBRATORS:
+        how = functools.partial(peers.onnxruntime_static, file, calls, method)
+        keep(f"onnxruntime {method}", lambda how=how: peer(how))
+    for what, accurate in (("NNCF", False), ("NNCF, accurate bias correction", True)):
+        how = functools.partial(peers.nncf_static, file, calls, transformer=task.transformer, accurate=accurate)
+        keep(what, lambda how=how: peer(how))
 
 
 def tables() -> str:
