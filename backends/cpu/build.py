@@ -21,6 +21,7 @@ from optc.backends.cpu.target import to_tvm
 from optc.backends.cpu.tir_pipeline import NAME as TIR_PIPELINE
 from optc.backends.kernels import schedule
 from optc.backends.kernels.decisions import Tuning
+from optc.backends.kernels.deduplicate import deduplicate
 from optc.backends.kernels.name_dims import name_dims
 from optc.backends.lowering import TABLE
 from optc.backends.lowering.expand import expand_functions
@@ -71,7 +72,9 @@ class CpuBackend:
         module, lowered = self.fuse(model)
         self.progress("scheduling")
         module, kernels = schedule.schedule(module, self.target, self.tuning)
-        return Module(module, lowered, kernels)
+        module = deduplicate(module)
+        left = {str(var.name_hint) for var in module.get_global_vars()}
+        return Module(module, lowered, [kernel for kernel in kernels if kernel.name in left])
 
     def build(self, model: oir.Model) -> Build:
         """Compile ``model`` to a shared library."""

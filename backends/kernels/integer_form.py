@@ -39,8 +39,10 @@ class Form:
         """Return the form of an 8-bit element less its zero point where it is that element with or without its sign
         bit changed: no arithmetic of 32 bits for each byte. None otherwise.
         """
-        subtracted = isinstance(value, tirx.Sub) and isinstance(value.b, tirx.IntImm)
-        element, zero = (value.a, int(value.b)) if subtracted else (value, 0)
+        # The simplifier makes of a negative zero point's subtraction an addition.
+        sign = 1 if isinstance(value, tirx.Sub) else -1 if isinstance(value, tirx.Add) else 0
+        shifted = sign and isinstance(value.b, tirx.IntImm)
+        element, zero = (value.a, sign * int(value.b)) if shifted else (value, 0)
         read = element.value if isinstance(element, tirx.Cast) else None
         if not isinstance(read, tvm.ir.TensorLoad):
             return None
@@ -49,8 +51,8 @@ class Form:
             return None
         if dtype == self.dtype:
             return read if self.shift == zero else None
-        sign = 128 if self.dtype == "uint8" else -128
-        return read.astype(self.dtype) ^ tirx.const(sign, self.dtype) if self.shift == zero + sign else None
+        change = 128 if self.dtype == "uint8" else -128
+        return read.astype(self.dtype) ^ tirx.const(change, self.dtype) if self.shift == zero + change else None
 
 
 WIDE = Form("int16")

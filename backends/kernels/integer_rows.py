@@ -257,8 +257,17 @@ class WindowRows:
         begins = None if static(first) == 0 else clear(loops.index(0), first)
         ends = None if self.reader.analyzer.can_prove_equal(stop, total) else clear(stop, total)
         body = sequence(begins, pixels(), ends)
+        if self._never_outside():
+            return body
         inside = tirx.all(h >= 0, h < loops.index(self.h))
         return tirx.IfThenElse(inside, body, clear(loops.index(0), total))
+
+    def _never_outside(self) -> bool:
+        """Tell whether all lines that are read are known to be of the image."""
+        lines, height = static(self.lines), static(self.h)
+        if self.before[0] or lines is None or height is None:
+            return False
+        return ((lines - 1) * self.strides[0] + self.reach[0]) * self.skip[0] < height
 
     def _copy(self, places: dict[Any, Any], h: Any, w: Any, size: Any, start: Any, rows: Any) -> Any:
         """Copy ``size`` values from pixel ``(h, w)`` on."""
