@@ -24,6 +24,8 @@ from optc.backends.kernels.work import expensive
 GENERIC, TURNED, SERIAL = RULES = ("generic", "turned", "serial")
 """The names of the rules: the one above, transpositions in squares, loops that are left as they are."""
 _SPATIAL, _REDUCTION = 0, 2
+_SUMS = 8
+"""Vectors of sums that are kept in registers."""
 
 
 def schedule(function: Any, target: Target, parallel: bool) -> tuple[Any, str]:
@@ -165,10 +167,12 @@ def _vectorize(sch: Any, block: Any, spatial: list[Any], reduction: list[Any], l
     outer = list(spatial)
     extent = _extent(sch, spatial[-1]) if spatial else None
     if extent is not None and lanes > 1 and extent % lanes == 0 and not _scalar_only(sch.get(block)):
-        chunk, vector = sch.split(spatial[-1], [None, lanes], preserve_unit_iters=True)
-        outer[-1] = chunk
+        # Several sums at once: an addition does not wait for the one before, and whole cache lines are read.
+        sums = next(n for n in (_SUMS, 4, 2, 1) if extent // lanes % n == 0) if reduction else 1
+        outer[-1], several, vector = sch.split(spatial[-1], [None, sums, lanes], preserve_unit_iters=True)
         if reduction:
-            sch.reorder(*reduction, vector)
+            sch.reorder(*reduction, several, vector)
+        sch.unroll(several)
         sch.vectorize(vector)
     elif len(outer) > 1 and not reduction:
         outer = outer[:-1]  # the innermost loop stays whole, for LLVM's vectorizer

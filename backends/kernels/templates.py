@@ -29,7 +29,7 @@ ScheduleFunction = Callable[[Any, Target], Any]
 
 
 VERSIONS = {
-    **dict.fromkeys(generic.RULES, 1),
+    **dict.fromkeys(generic.RULES, 2),
     attention.TEMPLATE: 1,
     contraction.TEMPLATE: 1,
     integer_contraction.TEMPLATE: 2,

@@ -36,6 +36,7 @@ CASES = {
         lambda a, b: np.maximum(a @ b, 0),
     ),
     "reduction": ([(n, 4, 330)], lambda a: topi.sum(a, axis=(1, 2)), lambda a: a.sum((1, 2))),
+    "several sums": ([(n, 192)], lambda a: topi.sum(a, axis=0), lambda a: a.sum(0)),
     "all": ([(n, 4, 33)], lambda a: topi.sum(a), lambda a: a.sum()),
     "nothing": ([(n, 7)], lambda a: te.compute((n, 7), lambda i, j: a[i, j]), lambda a: a),
 }
@@ -126,3 +127,12 @@ def test_compound_sizes_get_names_and_equal_kernels_are_merged():
     compiled = tvm.compile(kept.with_attr("global_symbol", "main"), target=to_tvm(TARGET))
     compiled["main"](tvm.runtime.tensor(x), 9, output)
     np.testing.assert_array_equal(output.numpy(), x[::-1] * 2)
+
+
+@pytest.mark.parametrize(("columns", "sums"), [(256, 8), (96, 4), (48, 2), (24, 1)])
+def test_reductions_keep_several_vectors_of_sums(columns, sums):
+    summed = function([(50, columns)], lambda a: topi.sum(a, axis=0))
+    scheduled, *_ = schedule_kernel(summed, resolve("haswell"))
+    loops = []
+    tvm_ffi.structural_walk(scheduled.body, (tirx.For, loops.append))
+    assert {int(loop.extent) for loop in loops if loop.kind == tirx.ForKind.UNROLLED} == {sums}
