@@ -35,7 +35,6 @@ from optc.peers import OnnxRuntime
 
 FOLDER = ROOT / "build" / "compression"
 PAGE = ROOT / "docs" / "compression.md"
-MARK = "<!-- measured: benchmarks/compression.py -->"
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -139,8 +138,8 @@ def _digits_file(name: str) -> Path:
 
 
 def _on_digits(name: str) -> Task:
-    def calibration(_: str) -> list[dict[str, np.ndarray]]:
-        return list(digits_module().calibration())
+    def calibration(name: str) -> list[dict[str, np.ndarray]]:
+        return [{name: images} for images in digits_module().calibration()]
 
     file = functools.partial(_digits_file, name)
     return Task(file, calibration, classification, share, "images right", int4=True, transformer=name == "vit")
@@ -262,9 +261,7 @@ def main() -> None:
         for name in TASKS:
             if re.search(options.only, name, re.IGNORECASE):
                 measure(name)
-    if PAGE.exists():
-        head = PAGE.read_text(encoding="utf-8").split(MARK)[0]
-        PAGE.write_text(f"{head}{MARK}\n\n{tables()}", encoding="utf-8")
+    texts.write_between(PAGE, "accuracy", tables())
 
 
 if __name__ == "__main__":

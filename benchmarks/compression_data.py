@@ -1,4 +1,7 @@
-"""Text for the benchmarks of compression: sentences of Python's own documentation, and lines and pages drawn of it."""
+"""Text for the benchmarks of compression: sentences of Python's own documentation, lines and pages drawn of it.
+
+And where the tables of these benchmarks go.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,13 @@ FONTS = tuple(sorted(Path("/usr/share/fonts/truetype").glob("*/*.ttf")))
 """TrueType fonts of this machine. Pillow's own is always used too."""
 HEIGHT = 48
 """Pixels of a line that the recognizer takes."""
+
+
+def write_between(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the marks ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of a page."""
+    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = page.read_text(encoding="utf-8").split(first)
+    page.write_text(f"{before}{first}\n\n{text.strip()}\n\n{last}{rest.split(last)[1]}", encoding="utf-8")
 
 
 def sentences(count: int, seed: int) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import compression_data as texts
 import numpy as np
 from compression import PAGE, TASKS, digits_module
 
@@ -33,7 +34,6 @@ CASES = [
         ("time", Budget("kl", 0.01)),
     )
 ]
-MARKS = ("<!-- search: benchmarks/compression_search.py -->", "<!-- end of search -->")
 
 
 def compare(name: str, objective: str, budget: Budget) -> str:
@@ -75,9 +75,7 @@ def main() -> None:
     for case in CASES:
         lines.append(compare(*case))
         print(lines[-1], flush=True)
-    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    PAGE.write_text("\n".join([before + MARKS[0], "", *lines, "", MARKS[1] + after]), encoding="utf-8")
+    texts.write_between(PAGE, "search", "\n".join(lines))
 
 
 if __name__ == "__main__":

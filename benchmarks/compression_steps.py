@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+import compression_data as texts
 import compression_speed as speed
 import numpy as np
 import onnx_ir as oir
@@ -26,8 +27,6 @@ from compression import FOLDER, PAGE
 import optc
 from optc.passes.match import constant
 from optc.peers import OnnxRuntime
-
-MARKS = ("<!-- steps: benchmarks/compression_steps.py -->", "<!-- end of steps -->")
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,7 @@ def main() -> None:
                 f"| {name} | {s.roundings} | {s.elements:,} | {s.worst} | {s.equal:.4%} | {s.whole:.1f} | "
                 f"{s.whole_within:.2%} | {s.quantization:.1f} |"
             )
-    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    PAGE.write_text("\n".join([before + MARKS[0], "", *lines, "", MARKS[1] + after]), encoding="utf-8")
+    texts.write_between(PAGE, "steps", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/pruning.py --prepare       prune and compile (half an hour); checks equality at 10, 30, 50, 70 %
     python benchmarks/pruning.py                 time what was compiled, one thread; rewrites docs/pruning.md's table
+    python benchmarks/pruning.py --double --only REGEX    compare in float64 what differs by rounding alone (minutes)
     python benchmarks/pruning.py --only REGEX
 
 What is compiled lies in .cache/pruning. ``examples/prune_digits.py`` measures accuracy.
@@ -15,11 +16,12 @@ from time import perf_counter
 
 import numpy as np
 import onnx
+import onnx_ir as oir
 from models import CACHE, CASES, inputs_for
 
 import optc
 from optc.compression.prune import normalized
-from optc.ir import serialize
+from optc.ir import dims, serialize
 from optc.ir.verifier import violations
 from optc.passes.prune.select import Structured
 from optc.passes.prune.structured import prune
@@ -115,6 +117,44 @@ def equality(name, model, feeds):
     return rows, chosen
 
 
+def in_double(model):
+    """A copy of the model that computes in float64."""
+    wide = model.clone()
+    for value in wide.graph.initializers.values():
+        if value.dtype == oir.DataType.FLOAT:
+            value.const_value = oir.tensor(value.const_value.numpy().astype(np.float64))
+    for value in dims.all_values(wide.graph):
+        if value.dtype == oir.DataType.FLOAT:
+            value.type = oir.TensorType(oir.DataType.DOUBLE)
+    for node in wide.graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == oir.DataType.FLOAT:
+            node.attributes["to"] = oir.AttrInt64("to", int(oir.DataType.DOUBLE))
+    return wide
+
+
+def rounding(name):
+    """Print how far the pruned model is from the masked one in float32 and in float64, and float32 from float64."""
+    from onnx.reference import ReferenceEvaluator
+
+    model = load(name)
+    feeds = feeds_for(name, model)
+    wide = {key: x.astype(np.float64) if x.dtype == np.float32 else x for key, x in feeds.items()}
+    for ratio in RATIOS:
+        small, zero = model.clone(), model.clone()
+        prune(small, Structured(ratio), zero=zero)
+        single = [next(iter(OnnxRuntime(m, 1).run(feeds).values())).astype(np.float64) for m in (zero, small)]
+        double = [ReferenceEvaluator(serialize.to_proto(in_double(m))).run(None, wide)[0] for m in (zero, small)]
+        pairs = {
+            "pruned from masked, float32": single,
+            "the same, float64": double,
+            "masked, float32 from float64": (single[0], double[0]),
+            "pruned, float32 from float64": (single[1], double[1]),
+        }
+        scale = np.abs(double[0]).max()
+        found = ", ".join(f"{key} {np.abs(a - b).max() / scale:.1e}" for key, (a, b) in pairs.items())
+        print(f"{name} {ratio:.0%}: {found}", flush=True)
+
+
 def ends_in_sigmoid(model, name):
     (value,) = (v for v in model.graph.outputs if v.name == name)
     return value.producer() is not None and value.producer().op_type == "Sigmoid"
@@ -169,14 +209,15 @@ def table(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--double", action="store_true")
     parser.add_argument("--only", default="", help="a regular expression on the model's name")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each comparison")
     parser.add_argument("--no-write", action="store_true", help="print the table only")
     options = parser.parse_args()
     names = [name for name in NAMES if re.search(options.only, name)]
-    if options.prepare:
+    if options.prepare or options.double:
         for name in names:
-            prepare(name)
+            (prepare if options.prepare else rounding)(name)
         return
     results = {}
     for name in names:

@@ -71,16 +71,17 @@ def export(module: nn.Module, path: Path) -> Path:
     return path
 
 
-def calibration() -> list[dict[str, Any]]:
-    """512 images of the training set, without their labels."""
+def calibration() -> list[Any]:
+    """512 images of the training set in batches of 32, without their labels."""
     images = digits()[0][0].numpy()
-    return [{"x": images[start : start + 32]} for start in range(0, 512, 32)]
+    return [images[start : start + 32] for start in range(0, 512, 32)]
 
 
 def accuracy(model: Any) -> str:
     """The share of test images that the compiled model tells right."""
     images, labels = digits()[1]
-    (found,) = optc.compile(model, verify=False).model().run({"x": images.numpy()}).values()
+    compiled = optc.compile(model, verify=False).model()
+    (found,) = compiled.run({compiled.inputs[0].name: images.numpy()}).values()
     return f"{(found.argmax(1) == labels.numpy()).mean():.2%}"
 
 
