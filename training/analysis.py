@@ -12,9 +12,11 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from optc.training.capture import Program, placed
+from optc.errors import UnsupportedModelError
+from optc.training.capture import Program, placed, source_line
 
 # They write to their running statistics in training mode, which their schemas do not say.
 _WRITES = {"aten::batch_norm": (3, 4), "aten::instance_norm": (3, 4), "aten::_batch_norm_impl_index": (3, 4)}
@@ -71,6 +73,19 @@ def analyse(
     return interpreter.facts
 
 
+class _Random(TorchDispatchMode):
+    """Notes the operators that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+            self.met.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 class _Fake(fx.Interpreter):
     def __init__(self, root: fx.GraphModule, mode: FakeTensorMode, device: torch.device) -> None:
         super().__init__(root, garbage_collect_values=False)
@@ -93,12 +108,36 @@ class _Fake(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "output":
             return super().run_node(n)
-        with FlopCounterMode(display=False) as counter:
+        before = [(argument, found._version) for argument, found in self._arguments(n)]
+        # Counting fails on the branches of torch.cond; what is inside of regions is not counted.
+        counter, random = FlopCounterMode(display=False), _Random()
+        counted = isinstance(n.target, torch._ops.OpOverload)
+        custom = n.target is torch.ops.higher_order.flat_apply
+        with counter if counted else random if custom else contextlib.nullcontext():
             result = super().run_node(n)
+        self._refuse_unknown_writes(n, before)
+        if random.met:
+            raise UnsupportedModelError(
+                f"{source_line(n)}: the autograd function {n.args[2]} draws random numbers ({random.met[0]})",
+                hint="draw them outside and give them to it",
+            )
         leaves = tuple(self._value(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
         value = leaves[0] if isinstance(result, torch.Tensor) else None
-        self.facts[n] = Facts(value, leaves, counter.get_total_flops())
+        self.facts[n] = Facts(value, leaves, counter.get_total_flops() if counted else 0)
         return result
+
+    def _arguments(self, n: fx.Node) -> list[tuple[fx.Node, torch.Tensor]]:
+        return [(node, self.env[node]) for node in n.all_input_nodes if isinstance(self.env[node], torch.Tensor)]
+
+    def _refuse_unknown_writes(self, n: fx.Node, before: list[tuple[fx.Node, int]]) -> None:
+        """Whether memory may be cut apart depends on ``written``."""
+        known = written(n)
+        for argument, version in before:
+            if self.env[argument]._version != version and argument not in known:
+                raise UnsupportedModelError(
+                    f"{source_line(n)}: {n.name} writes to its argument {argument.name} without saying so",
+                    hint="let it return a new tensor",
+                )
 
     def _value(self, tensor: torch.Tensor) -> Value:
         storage = StorageWeakRef(tensor.untyped_storage())
@@ -110,7 +149,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     """The arguments whose memory ``node`` writes to."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return []
+        return _written_inside(node)
     positions = [
         i for i, argument in enumerate(schema.arguments) if argument.alias_info and argument.alias_info.is_write
     ]
@@ -120,6 +159,22 @@ def written(node: fx.Node) -> list[fx.Node]:
     arguments = [node.args[i] for i in positions if i < len(node.args)]
     arguments += [value for key, value in node.kwargs.items() if key in named]
     return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, fx.Node)]
+
+
+def _written_inside(node: fx.Node) -> list[fx.Node]:
+    """All tensors that a region is given, if it writes to anything: which of them is not looked for."""
+    regions = [getattr(node.graph.owning_module, n.target, None) for n in node.all_input_nodes if n.op == "get_attr"]
+    bodies = [region for region in regions if isinstance(region, fx.GraphModule)]
+    if not any(written(inner) for body in bodies for inner in body.graph.nodes):
+        return []
+    return [argument for argument in node.all_input_nodes if argument.op != "get_attr" or _is_tensor(argument)]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    *path, name = str(node.target).split(".")
+    owner = node.graph.owning_module
+    assert owner is not None
+    return isinstance(getattr(owner.get_submodule(".".join(path)), name), torch.Tensor)
 
 
 def _trains(node: fx.Node) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,18 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from optc.errors import UnsupportedModelError, UsageError
+from optc.training.export import export
+from optc.training.regions import inline_no_grad
 
 # Checks of what export assumed; the trainer checks its inputs itself, and dtypes differ under autocast.
 _CHECKS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range")
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -87,19 +90,19 @@ def capture(module: torch.nn.Module, example_inputs: Any) -> Program:
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"a {type(module).__name__} is not a torch module")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(module, examples, strict=False)
-            root = exported.module(check_guards=False)
+        exported = export(module, examples)
+        root = exported.module(check_guards=False)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error.message} ({_line(error)})", hint=error.hint) from error
     except Exception as error:  # torch.export raises many unrelated classes
         raise UnsupportedModelError(
-            f"{type(module).__name__} cannot be captured at {_line(error)}: {_first_line(error)}",
-            hint="control flow that depends on values cannot be split into stages; use torch.where or torch.cond",
+            f"{type(module).__name__} cannot be captured at {_line(error)}: {_first_line(error)}", hint=_hint(error)
         ) from error
     assert isinstance(root, fx.GraphModule)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     _clean(root)
+    inline_no_grad(root)
     _refuse_dynamic(root)
     return Program(root, examples, out_spec, canonical_names(module))
 
@@ -154,13 +157,22 @@ def source_line(node: fx.Node) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The innermost frame outside of torch: the user's line."""
-    frames = [
+    """The innermost frame outside of torch, the user's line, else that of one of torch's modules."""
+    trace = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in trace if not frame.filename.startswith((_TORCH, _HERE, "<"))]
+    inside = [
         frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, "<")) and frame.filename != __file__
+        for frame in trace
+        if frame.filename.startswith(f"{_TORCH}/nn/modules") and "module.py" not in frame.filename
     ]
+    frames = frames or inside
     return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else "an unknown line"
+
+
+def _hint(error: BaseException) -> str:
+    if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException):
+        return "control flow that depends on values cannot be split into stages; use torch.where or torch.cond"
+    return "torch.export has to be able to trace the module; torch.export.draft_export says more"
 
 
 def _first_line(error: BaseException) -> str:

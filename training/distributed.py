@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
 
-from optc.errors import UsageError
+from optc.errors import OptcError, RankFailureError, UsageError
 
 DEFAULT_TIMEOUT = 600.0
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"
@@ -62,6 +62,8 @@ def initialize(timeout: float = DEFAULT_TIMEOUT) -> None:
 
     NCCL where every rank has a GPU, gloo otherwise. Keys of the store carry the number of restarts, because ranks of a
     restarted run would find the addresses of those that died.
+
+    Raises UsageError if the environment or the port is wrong, RankFailureError if ranks are missing after ``timeout``.
     """
     if dist.is_initialized() or not launched():
         return
@@ -72,14 +74,47 @@ def initialize(timeout: float = DEFAULT_TIMEOUT) -> None:
         raise UsageError(f"WORLD_SIZE is set, but not {', '.join(missing)}", hint="start with torchrun")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     delta = datetime.timedelta(seconds=timeout)
+    try:
+        store = dist.PrefixStore(f"optc/{os.environ.get(_RESTARTS, '0')}", connect(delta, serve=True))
+    except dist.DistError as error:
+        raise _no_store(error, rank, timeout) from error
+    _await_ranks(store, rank, size, timeout)
     dist.init_process_group(
         backend_for(local_device()),
-        store=dist.PrefixStore(f"optc/{os.environ.get(_RESTARTS, '0')}", connect(delta, serve=True)),
+        store=store,
         rank=rank,
         world_size=size,
         timeout=delta,
     )
     atexit.register(_leave)
+
+
+def _no_store(error: Exception, rank: int, timeout: float) -> OptcError:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error):
+        hint = "set another MASTER_PORT, or let torchrun find one: --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
+        return UsageError(f"another program uses the port of {place}", hint=hint)
+    return RankFailureError(
+        f"rank {rank} does not reach rank 0 at {place} within {timeout:.0f} s",
+        hint="look at what rank 0 says, and at MASTER_ADDR and MASTER_PORT",
+    )
+
+
+def _await_ranks(store: Any, rank: int, size: int, timeout: float) -> None:
+    """Wait until every rank has started; RankFailureError names those that have not."""
+    keys = {other: f"started/{other}" for other in range(size)}
+    try:
+        store.set(keys[rank], "")
+        store.wait(list(keys.values()), datetime.timedelta(seconds=timeout))
+    except dist.DistError as error:
+        try:
+            missing = [str(other) for other, key in keys.items() if not store.check([key])]
+        except dist.DistError:
+            missing = ["0"]  # it holds the store
+        raise RankFailureError(
+            f"rank {rank} waited {timeout:.0f} s for other ranks to start; missing: {', '.join(missing) or 'none'}",
+            hint=f"start {size} ranks, or set WORLD_SIZE to their number",
+        ) from error
 
 
 def end_with_parent() -> None:

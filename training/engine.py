@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from optc.training.randomness import Clock
 from optc.training.schedules import Schedule
 from optc.training.stages import Stage
 from optc.training.watch import WAITING, Watch
+
+# It writes the whole schedule when a rank fails; the error says what matters.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
 # Loss of one microbatch: the last stage's tensors and the number of the microbatch.
 MicrobatchLoss = Callable[[Any, int], torch.Tensor]
@@ -41,7 +45,11 @@ class _RelayStage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self._clock.microbatch = self._first + fwd_chunk_id
         with self._watch.doing(f"forward of stage {self.stage_index}, microbatch {fwd_chunk_id}"):
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if self.is_last:
+            # torch would detach the outputs in place, which gradients of weights may still need; the loss holds them.
+            self.fwd_cache[fwd_chunk_id] = ((), self.fwd_cache[fwd_chunk_id][1])
+        return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self._watch.doing(f"backward of stage {self.stage_index}, microbatch {bwd_chunk_id}"):

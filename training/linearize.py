@@ -111,6 +111,8 @@ class Layout:
         for user in node.users:
             if user in self.derived:
                 found |= self._users(user)
+            elif user.op == "output":
+                found.add(len(self.units) - 1)  # the last stage returns it
             elif user in self.position:
                 found.add(self.position[user])
         return found

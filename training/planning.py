@@ -17,7 +17,7 @@ from optc.errors import OptcError, TrainingError, UsageError
 from optc.passes.partition.balance import balance
 from optc.passes.partition.chain import segments
 from optc.training import cluster as clusters
-from optc.training import distributed, planner
+from optc.training import distributed, faithful, planner
 from optc.training.analysis import analyse
 from optc.training.capture import Program, capture
 from optc.training.cluster import Cluster
@@ -162,7 +162,10 @@ def plan(
 def costs_of(module: torch.nn.Module, example_inputs: Any, costs: str | os.PathLike[str] = "measured") -> Costs:
     """What each node of ``module`` costs; arguments and errors as of ``plan``. Reuse them for several plans."""
     program = capture(module, example_inputs)
-    return _costs(linearize(program, analyse(program)), costs)
+    layout = linearize(program, analyse(program))
+    if costs == "measured":
+        faithful.check(program, module)
+    return _costs(layout, costs)
 
 
 def _costs(layout: Layout, costs: str | os.PathLike[str]) -> Costs:
@@ -216,6 +219,8 @@ def _plan(
 ) -> Plan:
     program = capture(module, example_inputs)
     layout = linearize(program, analyse(program))
+    if costs == "measured":
+        faithful.check(program, module)
     known = costs if isinstance(costs, Costs) else _costs(layout, costs)
     chain = layout.chain(known)
     samples = _samples(program)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from optc.passes.partition.chain import segments
-from optc.training.analysis import Facts, autocast, is_random
+from optc.training.analysis import Facts, autocast, is_random, written
 from optc.training.capture import placed
 from optc.training.linearize import Layout
 from optc.training.randomness import Clock, Seeded
@@ -124,7 +124,7 @@ def build(
     sources = [n for n in program.graph.nodes if n.op == "placeholder"] if first else layout.crossing(start)
     targets = _output_tensors(layout) if last else layout.crossing(stop)
     graph, modules = _graph(layout, sources, layout.units[start:stop], targets, first, last, clock)
-    body = _own_weights(_place(fx.GraphModule(_Root(program.root, modules), graph), device), device)
+    body = _own_weights(_place(fx.GraphModule(_Root(program.root, graph, modules), graph), device), device)
     stage = Stage(
         body,
         tuple(_meta(facts, node, first) for node in sources),
@@ -170,8 +170,10 @@ def _graph(
     copies: dict[fx.Node, fx.Node] = {}
     for node in sources:
         copies[node] = graph.placeholder(node.name)
-    if not first:
-        for node in sources:
+    # Microbatches are parts of one tensor: writing to one would spoil what another has saved.
+    changed = {leaf.storage for unit in units for target in written(unit) for leaf in layout.facts[target].leaves}
+    for node in sources:
+        if not first or any(leaf.storage in changed for leaf in layout.facts[node].leaves):
             copies[node] = graph.call_function(_enter, (copies[node],))
 
     def copy_of(node: fx.Node) -> fx.Node:
@@ -196,7 +198,7 @@ def _graph(
 class _Root(torch.nn.Module):
     """Where a stage's graph module finds what its graph names: the program's weights, and the seeded operators."""
 
-    def __init__(self, root: fx.GraphModule, modules: dict[str, torch.nn.Module]) -> None:
+    def __init__(self, root: fx.GraphModule, graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> None:
         super().__init__()
         for name, child in root.named_children():
             self.add_module(name, child)
@@ -206,6 +208,9 @@ class _Root(torch.nn.Module):
             self.register_buffer(name, buffer)
         for name, module in modules.items():
             self.add_module(name, module)
+        for node in graph.nodes:
+            if node.op == "get_attr" and not hasattr(self, node.target.partition(".")[0]):
+                setattr(self, node.target, getattr(root, node.target))  # how autograd functions are called
 
 
 def _place(body: fx.GraphModule, device: torch.device) -> fx.GraphModule:

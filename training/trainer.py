@@ -147,6 +147,9 @@ class Trainer:
             self._refuse_not_finite("loss", loss)
             self._watch.note("updating weights")
             self._update()
+            if self.world.dp > 1:
+                self._watch.note(WAITING)
+                self._weights.share_buffers()
         self.step_number += 1
         return loss
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from optc.errors import CheckpointError
 from optc.passes.partition.chain import segments
+from optc.training.analysis import written
 from optc.training.distributed import World, groups_of
 from optc.training.gradients import Owned, full, local
 from optc.training.linearize import Layout
@@ -72,6 +74,25 @@ class Weights:
             for name, owners in ranks.items()
             if world.pp_rank in owners
         }
+
+    def share_buffers(self) -> None:
+        """Give all replicas the first one's buffers that forward writes to, lest they drift apart. Collective over dp.
+
+        What DistributedDataParallel does before each forward pass.
+        """
+        for buffer in self._changing:
+            dist.broadcast(buffer, src=self._world.pp_rank, group=self._world.dp_group)
+
+    @cached_property
+    def _changing(self) -> list[torch.Tensor]:
+        facts, graph = self._layout.facts, self._layout.program.graph
+        changed = {leaf.storage for node in graph.nodes for target in written(node) for leaf in facts[target].leaves}
+        names = {
+            self._layout.program.canonical.get(node.target, node.target)
+            for node in graph.nodes
+            if node.op == "get_attr" and any(leaf.storage in changed for leaf in facts[node].leaves)
+        }
+        return [self.frozen[name] for name in sorted(names & self.frozen.keys())]
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What this rank's optimizer updates."""

@@ -13,6 +13,8 @@ FOUR_RANKS = [
     "encoder_decoder:4:1:InterleavedZeroBubble:ddp",
     "gpt2:2:2:1F1B:fsdp",
     "gpt:2:2:ZBVZeroBubble:fsdp",
+    "unusual:4:1:1F1B:ddp",
+    "unusual:4:1:InterleavedZeroBubble:ddp",
     "resnet:2:2:GPipe:ddp",
     "encoder_decoder:1:4:1F1B:fsdp",
 ]
@@ -25,7 +27,7 @@ def test_gradients_and_steps_equal_one_process(ranks, count, cases):
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert [result["case"] for result in results] == cases, output[-3000:]
     for result in results:
-        assert result["same_names"], result
+        assert result["same_names"] and result["same_replicas"], result
         # Sums in another order are all that may differ.
         for name in ("gradient", "loss", "weights", "buffers"):
             assert result[name] < 1e-5, result

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_models as models
@@ -69,6 +70,9 @@ def run(case, steps):
     gradients = trainer.gradients()
     losses += [trainer.step(mine, wanted) for _ in range(steps - 1)]
     state = trainer.state_dict()
+    everyone = [None] * (pp * dp)
+    kept = {name: float(tensor.double().sum()) for name, tensor in trainer._weights.frozen.items()}
+    dist.all_gather_object(everyone, kept)
     trainer.close()
     if trainer.world.rank != 0:
         return None
@@ -88,6 +92,7 @@ def run(case, steps):
         # Of what was learned alone. Rounding of the weights is larger beside it than beside the weights.
         "update": worst({n: state[n] - start[n] for n in learned}, {n: after[n] - start[n] for n in learned}),
         "buffers": worst(state, buffers) if buffers else 0.0,
+        "same_replicas": all(everyone[rank] == everyone[rank % pp] for rank in range(pp * dp)),
     }
 
 
