@@ -18,6 +18,7 @@ from optc.errors import InvalidModelError, UnsupportedModelError
 from optc.frontend import (
     check,
     contrib,
+    loop_sequences,
     structure,
     upgrade_rules_inputs,  # noqa: F401
     upgrade_rules_opset6,
@@ -54,6 +55,7 @@ def canonicalize(model: oir.Model) -> None:
     structure.lift_constants(model)
     values, nodes = make_unique(model)
     contrib.expand(model, values, nodes)
+    loop_sequences.stack(model, values, nodes)
     name_input_dims(model)
     declared = _forget_shapes(model)
     target = max(CANONICAL_OPSET, model.opset_imports.get("", 0))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as oir
 
 from optc.errors import InvalidModelError, MissingDependencyError, UnsupportedModelError, UsageError
@@ -20,6 +21,9 @@ from optc.frontend.onnx import load
 from optc.ir import provenance
 
 _FX_NODE = "pkg.torch.onnx.fx_node"
+EXAMPLES = "optc.example_inputs"
+"""Key of what ``capture`` keeps of example inputs, in the model's ``meta``: integers, and shapes of floats."""
+
 _INSTALL = "pip install 'optc[torch]'"
 
 
@@ -61,7 +65,16 @@ def capture(source: Any, *, example_inputs: Sequence[Any] | None = None, dynamic
         fx = node.metadata_props.get(_FX_NODE)
         if fx and (match := re.match(r"%([\w.]+)", fx)):
             provenance.stamp(node, match.group(1))
-    return load(model)
+    captured = load(model)
+    if program.exported_program is not None and program.exported_program.example_inputs is not None:
+        captured.meta[EXAMPLES] = _examples(torch, program.exported_program.example_inputs)
+    return captured
+
+
+def _examples(torch: Any, inputs: Any) -> list[np.ndarray | tuple[int, ...]]:
+    """Return the tensors in nested ``inputs``: arrays of integers and booleans, and the shapes of others."""
+    tensors = [x for x in torch.utils._pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+    return [tuple(x.shape) if x.is_floating_point() or x.is_complex() else x.detach().cpu().numpy() for x in tensors]
 
 
 def _torch() -> Any:

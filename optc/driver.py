@@ -17,9 +17,11 @@ from optc import sample, verification
 from optc.backends.artifact import Artifact, build_artifact
 from optc.backends.base import ALGORITHMS, Build, Target
 from optc.errors import NoLegalInputsError, UnsupportedModelError
+from optc.frontend.torch import EXAMPLES
 from optc.passes import fuse, pipeline
 from optc.passes.observer import Observer, PassRecord
 from optc.runtime.format import TensorSpec
+from optc.sample import Examples
 from optc.source import capture
 
 if TYPE_CHECKING:
@@ -80,8 +82,9 @@ def compile(
         input_shapes: fixes whole inputs by name, with sizes or dimension names.
         dims: gives named dimensions a size; what is not given stays symbolic.
         dynamic_shapes: torch.export's, for an ``nn.Module``.
-        verify: compare the result with a reference on random inputs, and keep the errors in the report. Artifacts
-            for another machine cannot run here: their report says that they were not verified.
+        verify: compare the result with a reference on random inputs (of an ``nn.Module``, with the integers of its
+            example inputs), and keep the errors in the report. Artifacts for another machine cannot run here: their
+            report says that they were not verified.
         tolerance: allowed error relative to each output's largest magnitude; default by dtype.
         disable_passes: names of graph passes or rules to leave out, or of kernel algorithms (``winograd``).
         observers: see the passes.
@@ -102,6 +105,7 @@ def compile(
             dims=dims,
         )
     original = model.clone() if verify else None
+    examples = model.meta.get(EXAMPLES, ())
     algorithms = ALGORITHMS.intersection(disable_passes)
     with trace.stage("optimize"):
         trace.passes = pipeline.run(model, disable=set(disable_passes) - algorithms, observers=observers)
@@ -112,7 +116,7 @@ def compile(
     if original is None:
         return artifact.with_report(artifact.report | {"verification": "skipped on request"})
     with trace.stage("verify"):
-        return _verified(artifact, original, resolved, inputs, tolerance)
+        return _verified(artifact, original, resolved, inputs, examples, tolerance)
 
 
 def pack(model: oir.Model, build: Build, target: Target, report: Mapping[str, Any], tuning: str = "") -> Artifact:
@@ -246,13 +250,14 @@ def _verified(
     original: oir.Model,
     target: Target,
     inputs: Mapping[str, np.ndarray] | None,
+    examples: Examples,
     tolerance: float | None,
 ) -> Artifact:
     if not target.native:
         note = f"not run: built for {target.triple}, which is not this machine"
         return artifact.with_report(artifact.report | {"verification": note})
     try:
-        result = verify_artifact(artifact.model(), original, inputs=inputs, tolerance=tolerance)
+        result = verify_artifact(artifact.model(), original, inputs=inputs, examples=examples, tolerance=tolerance)
     except NoLegalInputsError as error:
         # Which sizes are legal was our guess: that none fits says nothing against the artifact.
         return artifact.with_report(artifact.report | {"verification": f"not run: {error}"})
@@ -265,12 +270,15 @@ def verify_artifact(
     original: oir.Model,
     *,
     inputs: Mapping[str, np.ndarray] | None = None,
+    examples: Examples = (),
     seed: int = 0,
     dims: Mapping[str, int] | None = None,
     prefer: str | None = None,
     tolerance: float | None = None,
 ) -> verification.Verification:
     """Compare a runtime model with the reference for ``original`` on ``inputs``, or on random ones.
+
+    Random inputs have the integers and the sizes of ``examples`` if the reference takes these.
 
     onnxruntime's own approximations can be off where an output is tiny (its Sigmoid far below zero, for one). So when
     the results differ from it, onnx's reference evaluator decides, and the result's ``reference`` tells the story.
@@ -283,7 +291,8 @@ def verify_artifact(
     described = "given"
     if inputs is None:
         described = f"random, seed {seed}"
-        inputs, sizes, expected = _legal_inputs(model, original, reference, seed, dims or {})
+        around = sample.around_examples(model.inputs, examples, seed)
+        inputs, sizes, expected = _legal_inputs(model, original, reference, seed, dims or {}, around)
     else:
         expected = reference(inputs)
     actual = model.run(inputs)
@@ -319,11 +328,17 @@ def _legal_inputs(
     reference: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]],
     seed: int,
     dims: Mapping[str, int],
-) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, np.ndarray]]:
-    """Return the first random inputs that the reference accepts, their sizes, and what it makes of them."""
+    first: Mapping[str, np.ndarray] | None,
+) -> tuple[Mapping[str, np.ndarray], dict[str, int], dict[str, np.ndarray]]:
+    """Return the first inputs that the reference accepts, their sizes if random, and what it makes of them."""
     integers = verification.integer_choices(original)
     tried: list[dict[str, int]] = []
     refusal: Exception | None = None
+    if first is not None:
+        try:
+            return first, {}, reference(first)
+        except Exception as error:  # references raise errors of every kind
+            refusal = error
     for candidate in sample.SIZES:
         sizes = {**sample.default_dims(model.inputs, candidate), **dims}
         if sizes in tried:

@@ -17,6 +17,10 @@ Most models take the first; 64 is a multiple of the strides that convolutions ha
 samples, and recurrent state has the batch in the middle."""
 
 
+Examples = Sequence[np.ndarray | tuple[int, ...]]
+"""What is kept of example inputs: arrays of integers and booleans, and the shapes of floats."""
+
+
 def default_dims(specs: Sequence[TensorSpec], sizes: tuple[int, int, int] = SIZES[0]) -> dict[str, int]:
     """Return a size for every symbolic dimension of the inputs ``specs``."""
     first, middle, last = sizes
@@ -60,3 +64,23 @@ def random_inputs(
             array = generator.standard_normal(shape).astype(dtype)
         arrays[spec.name] = array
     return arrays
+
+
+def around_examples(specs: Sequence[TensorSpec], examples: Examples, seed: int = 0) -> dict[str, np.ndarray] | None:
+    """Return the integers of ``examples`` and random floats of the shapes that stand for them, by name.
+
+    Which integers a model takes (lengths, offsets, masks) is hard to guess. None where there are none, or where the
+    examples are not what ``specs`` describe.
+    """
+    if len(specs) != len(examples) or not any(isinstance(e, np.ndarray) for e in examples):
+        return None
+    sizes: dict[str, int] = {}
+    for spec, example in zip(specs, examples, strict=True):
+        shape = example.shape if isinstance(example, np.ndarray) else example
+        if len(shape) != len(spec.shape):
+            return None
+        for dim, size in zip(spec.shape, shape, strict=True):
+            if (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) != size:
+                return None
+    arrays = random_inputs(specs, seed=seed, dims=sizes)
+    return arrays | {s.name: e for s, e in zip(specs, examples, strict=True) if isinstance(e, np.ndarray)}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.s_tir.pipeline import default_s_tir_pipeline
 from tvm.tirx.compilation_pipeline import register_tir_pipeline
 from tvm.tirx.stmt import Return
 
 from optc.backends.cpu import scratch, tasks
+from optc.backends.kernels import loops
 
 DIRECT = "calling_conv"
 """Attribute of kernels that are called directly: TVM gives no packed interface to functions that have one.
@@ -39,7 +41,8 @@ def _pipeline() -> tuple[Any, Any, Any]:
 
     @tvm.transform.module_pass(opt_level=0, name="LowerKernelsAndSegments")  # type: ignore[untyped-decorator]
     def both(module: Any, _context: Any) -> Any:
-        kernels = lower(tasks.split(transform.Filter(lambda f: not _has(f, SEGMENT))(module)))
+        kernels = _hoist_bindings(transform.Filter(lambda f: not _has(f, SEGMENT))(module))
+        kernels = lower(tasks.split(kernels))
         kernels.update(straight(transform.Filter(lambda f: _has(f, SEGMENT))(module)))
         return kernels
 
@@ -48,6 +51,27 @@ def _pipeline() -> tuple[Any, Any, Any]:
 
 def _has(function: Any, attribute: str) -> bool:
     return bool((function.attrs or {}).get(attribute))
+
+
+@tvm.transform.module_pass(opt_level=0, name="HoistBindings")  # type: ignore[untyped-decorator]
+def _hoist_bindings(module: Any, _context: Any) -> Any:
+    """Bind what a stored value binds around all of it (``loops.hoisted`` says why)."""
+
+    def store(old: Any) -> Any:
+        value = loops.hoisted(old.value)
+        return old if value.same_as(old.value) else tirx.BufferStore(old.buffer, value, old.indices)
+
+    for var, function in module.functions.items():
+        if isinstance(function, tirx.PrimFunc) and _binds(function.body):
+            body = tvm_ffi.structural_map(function.body, [(tirx.BufferStore, store)], order="post")
+            module.update_func(var, function.with_body(body))
+    return module
+
+
+def _binds(body: Any) -> bool:
+    found: list[bool] = []
+    tvm_ffi.structural_walk(body, (tirx.Let, lambda _: found.append(True)))
+    return bool(found)
 
 
 @tvm.transform.module_pass(opt_level=0, name="PlaceScratch")  # type: ignore[untyped-decorator]

@@ -252,7 +252,7 @@ class Reader:
         """Return the store of the epilogue at ``places``, where ``result`` is what the core computed there."""
         values = {self.fused.accumulator: result, **(given or {})}
         value = self.value(self.fused.epilogue, places, flat=flat, given=values)
-        value = loops.hoisted(rounding.simplify(value))
+        value = rounding.simplify(value)
         slot = tirx.BufferLoad(self.fused.output, self.fused.spatial.variables)
         position = self.value(slot, places, flat=flat)
         return tirx.BufferStore(position.source, value, list(position.indices))

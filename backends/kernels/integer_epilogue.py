@@ -169,7 +169,7 @@ class Epilogue:
                 j = at + i
                 given = {self.accumulator: load(row.sums, row.at + j), **self._given(j)}
                 rounded = self.reader.value(value, row.places(j), flat=row.flat(j), given=given)
-                return store(short, place * _LANES + i, loops.hoisted(rounded))
+                return store(short, place * _LANES + i, rounded)
 
             return self.reader.lanewise(_LANES, lane)
 

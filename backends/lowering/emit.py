@@ -7,6 +7,7 @@ the compute sees the caller's variables; those that no argument's shape defines 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -88,3 +89,9 @@ def _free_symbols(function: Any, symbols: Collection[Any]) -> list[Any]:
     used = {v for d in dims for v in tirx.analysis.undefined_vars(d)}
     used.update(tirx.analysis.undefined_vars(function.body, list(function.params)))
     return sorted((v for v in symbols if v in used and v not in defined), key=lambda v: str(v.name))
+
+
+def identifier(name: str | None) -> str:
+    """Return ``name`` as one that Relax takes."""
+    text = re.sub(r"\W", "_", name or "v")
+    return text if re.match(r"[A-Za-z_]", text) else f"v{text}"

@@ -14,7 +14,6 @@ from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from optc.backends.kernels.loops import hoisted
 from optc.backends.lowering.emit import as_index
 
 
@@ -32,7 +31,7 @@ class Cells:
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, int | float | bool):
             value = tirx.const(value, self.dtype)
-        T.buffer_store(self.buffer, hoisted(value), _indices(index))
+        T.buffer_store(self.buffer, value, _indices(index))
 
 
 def procedure(

@@ -7,7 +7,6 @@ symbolically (``shape_values.py``); a kernel is emitted for it only when some no
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -240,7 +239,7 @@ class Lowerer:
     def _input(self, value: oir.Value) -> Any:
         assert value.shape is not None
         dims = [emission.as_index(d if isinstance(d, int) else self.dim(str(d.value))) for d in value.shape]
-        var = relax.Var(_identifier(value.name), relax.TensorType(dims, self.dtype(value)))
+        var = relax.Var(emission.identifier(value.name), relax.TensorType(dims, self.dtype(value)))
         self.tensors[value] = var
         return var
 
@@ -253,7 +252,7 @@ class Lowerer:
     def symbol(self, hint: str, *, size: bool = True) -> Any:
         """Return a fresh symbolic dimension (known to be >= 0), or any integer if not a ``size``."""
         taken = {str(v.name) for v in self.symbols}
-        stem = _identifier(hint)
+        stem = emission.identifier(hint)
         name, count = stem, 0
         while name in taken:
             count += 1
@@ -375,7 +374,7 @@ class Lowerer:
             name = f"{stem}.{count}"
         self.weights[name] = array
         dtype = array.dtype.name
-        self.weight_vars[name] = relax.Var(_identifier(name), relax.TensorType(array.shape, dtype))
+        self.weight_vars[name] = relax.Var(emission.identifier(name), relax.TensorType(array.shape, dtype))
         return self.weight_vars[name]
 
     def materialize(self, known: np.ndarray, dtype: str) -> Any:
@@ -407,6 +406,10 @@ class Lowerer:
         if array is None:
             tensor = self.tensor(value)
             shape = emission.shape_of(tensor)
+            if len(shape) == 1 and not isinstance(shape[0], int) and self.always(shape[0] <= 1):
+                # No element is what a position outside of a tensor gives: the run stops there.
+                shape, whole = [1], self.reshape(tensor, shape)
+                tensor = self.builder.match_cast(whole, relax.TensorType(shape, tensor.ty.dtype))
             if len(shape) > 1 or any(not isinstance(d, int) for d in shape):
                 raise Unsupported(f"the length of '{value.name}' must be known while compiling")
             if not shape:
@@ -464,6 +467,8 @@ class Lowerer:
             # A kernel computes them: in its own expressions Relax assumes that every symbol is a size, thus >= 0.
             values = np.array([dims[i] for i in loose], dtype=object)
             for i, symbol in zip(loose, self.bind_shape(self.materialize(values, "int64"), "n"), strict=True):
+                most = self.analyzer.const_int_bound(emission.as_index(dims[i])).max_value
+                self.analyzer.update(symbol, tvm.sym.ConstIntBound(0, min(most, _LARGEST)), override=True)
                 dims[i] = symbol
         return dims
 
@@ -491,8 +496,3 @@ class Lowerer:
         if isinstance(a, int) and isinstance(b, int):
             return a == b
         return bool(self.analyzer.can_prove_equal(emission.as_index(a), emission.as_index(b)))
-
-
-def _identifier(name: str | None) -> str:
-    text = re.sub(r"\W", "_", name or "v")
-    return text if re.match(r"[A-Za-z_]", text) else f"v{text}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as oir
 from tvm import te, tirx
 
 from optc.backends.kernels.loops import product, unravel
@@ -233,7 +234,9 @@ def window(site: Site, axis: int, offset: Any, size: Any) -> Any:
 def slice_(site: Site) -> Any:
     """Slice-13: clamped starts and ends, negative steps, sizes known now or at run time."""
     shape = site.shape(0)
-    starts, ends = site.ints(1), site.ints(2)
+    starts = site.ints(1)
+    extent = _extent(site)
+    ends = site.ints(2) if extent is None else [start + extent for start in starts]
     axes = site.ints(3) if site.has(3) else list(range(len(starts)))
     steps = site.ints(4) if site.has(4) else [1] * len(starts)
     first: list[Any] = [0] * len(shape)
@@ -245,6 +248,9 @@ def slice_(site: Site) -> Any:
             if chosen is False:
                 continue
             position, count = slice_range(site, start, end, step, size)
+            if extent is not None:
+                # Both ends are clamped alike, and either counts from the end if it is negative.
+                count = im.minimum(count, max(extent, 0))
             first[axis] = im.select(chosen, position, first[axis])
             result[axis] = im.select(chosen, count, result[axis])
             stride[axis] = im.select(chosen, step, stride[axis])
@@ -262,6 +268,30 @@ def slice_(site: Site) -> Any:
         )
 
     return site.emit(compute, site.tensor(0))
+
+
+def _extent(site: Site) -> int | None:
+    """Return by how much the ends of a Slice forwards exceed its starts, where the graph adds them to one value."""
+    if site.has(4) and not all(im.known(step) and step == 1 for step in site.ints(4)):
+        return None
+    (first, start), (last, end) = _base_and_offset(site, site.value(1)), _base_and_offset(site, site.value(2))
+    return end - start if first is last else None
+
+
+def _base_and_offset(site: Site, value: oir.Value) -> tuple[oir.Value, int]:
+    """Return what ``value`` is a sum of: another value and an integer."""
+    offset = 0
+    while (node := value.producer()) is not None and node.domain == "" and node.op_type == "Add":
+        a, b = node.inputs
+        assert a is not None
+        assert b is not None
+        known, rest = (
+            (site.lowerer.constant(a), b) if site.lowerer.constant(a) is not None else (site.lowerer.constant(b), a)
+        )
+        if known is None or known.size != 1 or rest.shape is None or len(rest.shape) < known.ndim:
+            break
+        value, offset = rest, offset + int(known.reshape(-1)[0])
+    return value, offset
 
 
 def slice_range(site: Site, start: Any, end: Any, step: Any, size: Any) -> tuple[Any, Any]:

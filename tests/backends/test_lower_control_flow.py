@@ -229,6 +229,44 @@ def test_sequences_of_known_structure(check):
     check(text, (X[0],))
 
 
+@pytest.mark.parametrize("count", ["n", "3"])
+def test_a_sequence_that_a_loop_appends_to(check, count):
+    # Joined along each axis, with and without a new one; of elements whose size the run decides.
+    start = "n = Identity(m)" if count == "n" else "n = Constant<value_int = 3>()"
+    text = f"""g (float[a, b, 4] x, int64 m) => (float[i, j] f, float[k, l, 4] y, float[o, p, 4] z,
+                                                       float[q, r, 4] v, float[s, t, u, 4] w, int64 c) {{
+        {start} none = SequenceEmpty() other = SequenceEmpty() one = Constant<value_int = 1>()
+        sx = ReduceSum<keepdims = 0>(x)
+        last, seq, sums = Loop<body = b (int64 i, bool ci, float s, seq(float[a, b, 4]) q, seq(float[4]) p)
+                => (bool co, float so, seq(float[a, b, 4]) qo, seq(float[4]) po) {{
+            co = Identity(ci) g = Cast<to = 1>(i) so = Add(s, g) e = Mul(x, so) qo = SequenceInsert(q, e)
+            axes = Constant<value_ints = [0, 1]>() h = ReduceSum<keepdims = 0>(e, axes) po = SequenceInsert(p, h)
+            }}>(n, , sx, none, other)
+        f = ConcatFromSequence<axis = 0, new_axis = 1>(sums) y = ConcatFromSequence<axis = 0>(seq)
+        z = ConcatFromSequence<axis = 1>(seq) v = SequenceAt(seq, one)
+        w = ConcatFromSequence<axis = 2, new_axis = 1>(seq) c = SequenceLength(seq) }}"""
+    check(text, (X, np.array(3)), *([(X[:1], np.array(2))] if count == "n" else []))
+
+
+def test_slices_between_a_position_and_the_next(check):
+    # What torch's EmbeddingBag with offsets becomes: the length of the starts is that of a slice of one element.
+    text = """g (float[n, 2] x, int64[b] offsets, int64 k) => (float[p, q] y) {
+        one = Constant<value_int = 1>() two = Constant<value_int = 2>() flat = Constant<value_ints = [-1]>()
+        i = Reshape(k, flat) j = Add(i, one) l = Add(i, two)
+        first = Slice(offsets, i, j) last = Slice(offsets, j, l) y = Slice(x, first, last) }"""
+    offsets = np.array([0, 2, 2, 6])
+    x = np.arange(12, dtype="f4").reshape(6, 2)
+    check(text, *[(x, offsets, np.array(k)) for k in (0, 1, 2)])
+
+
+def test_a_position_outside_of_a_tensor_gives_no_starts(compile_model):
+    text = """g (float[n, 2] x, int64[b] offsets, int64[1] i) => (float[p, q] y) {
+        one = Constant<value_int = 1>() j = Add(i, one) first = Slice(offsets, i, j) y = Slice(x, first, j) }"""
+    run = compile_model(parse(text))
+    with pytest.raises(Exception, match="match_cast"):
+        run(X[0], np.array([0, 1]), np.array([2]))
+
+
 def test_a_sequence_at_the_border_is_refused(compile_model):
     text = "g (float[a, 4] x) => (seq(float[a, 4]) y) { y = SequenceConstruct(x, x) }"
     with pytest.raises(UnsupportedModelError, match="cannot be an output"):

@@ -156,6 +156,29 @@ def test_a_cnn_with_a_dynamic_batch(relative_error):
         assert relative_error(found, expected) <= 1e-5
 
 
+class Bags(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag = torch.nn.EmbeddingBag(30, 8, mode="mean")
+
+    def forward(self, rows, offsets):
+        return self.bag(rows, offsets)
+
+
+def test_bags_of_rows_between_offsets(relative_error):
+    # A Loop over a sequence; offsets drawn at random would not ascend, so it is verified on those of the example.
+    torch.manual_seed(0)
+    module = Bags().eval()
+    example = (torch.randint(0, 30, (11,)), torch.tensor([0, 4, 4, 9]))
+    dynamic = ({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC})
+    model = optc.compile(module, example, dynamic_shapes=dynamic).model()
+    for rows, offsets in (example, (torch.arange(5), torch.tensor([0])), (torch.arange(20), torch.tensor([0, 1, 7]))):
+        expected = module(rows, offsets).detach().numpy()
+        names = [spec.name for spec in model.inputs]
+        found = model.run(dict(zip(names, (rows.numpy(), offsets.numpy()), strict=True)))[model.outputs[0].name]
+        assert relative_error(found, expected) <= 1e-6
+
+
 def test_torch_compile_recompiles_when_a_weight_changes():
     torch.manual_seed(0)
     module = Cnn().eval()

@@ -3,7 +3,7 @@ import pytest
 
 from optc.errors import UsageError
 from optc.runtime.format import TensorSpec
-from optc.sample import default_dims, random_inputs
+from optc.sample import around_examples, default_dims, random_inputs
 
 SPECS = [
     TensorSpec("x", "float32", ("batch", 3, "h", "h")),
@@ -37,3 +37,16 @@ def test_sizes_can_be_given_and_unknown_names_are_refused():
     with pytest.raises(UsageError, match="the model has: batch, h, length"):
         random_inputs(SPECS, dims={"width": 7})
     assert set(default_dims(SPECS)) == {"batch", "h", "length"}
+
+
+def test_integers_of_examples_are_kept_if_the_examples_fit():
+    specs = [TensorSpec("x", "float32", ("n", 3)), TensorSpec("i", "int64", ("n",))]
+    rows = np.array([5, 9])
+    found = around_examples(specs, [(2, 3), rows])
+    assert found is not None
+    assert found["x"].shape == (2, 3) and found["i"] is rows
+    assert around_examples(specs, [(4, 3), rows]) is None
+    assert around_examples(specs, [(2, 3, 1), rows]) is None
+    assert around_examples(specs, [(2, 4), rows]) is None
+    assert around_examples(specs[:1], [(2, 3), rows]) is None
+    assert around_examples(specs[:1], [(2, 3)]) is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from itertools import groupby
 
+import operators_attention
 import operators_elementwise
 import operators_network
 import operators_quantized
@@ -16,6 +17,7 @@ import pytest
 from operator_case import TARGETS, Case, Draw, complaints
 
 FAMILIES = {
+    "attention": operators_attention.FAMILIES,
     "elementwise": operators_elementwise.FAMILIES,
     "tensor": operators_tensor.FAMILIES,
     "network": operators_network.FAMILIES,
