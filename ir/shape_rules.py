@@ -138,8 +138,19 @@ def _unsqueeze(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
     return {0: _fresh(context, len(data.shape) + length)}
 
 
-def _tile(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
-    """Where the repeats are data, the rank is that of the input."""
+def _col2im(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """The library wants a constant image; where its sizes are data, their number still tells the rank."""
+    data, image = node.inputs[0], node.inputs[1]
+    if node.outputs[0].shape is not None or data is None or data.shape is None or image is None:
+        return {}
+    sizes, length = context.get_symbolic_value(image), _length(image)
+    if sizes is None and length is not None:
+        sizes = [context.new_symbolic_dim() for _ in range(length)]
+    return {} if sizes is None else {0: oir.Shape([data.shape[0], context.new_symbolic_dim(), *sizes])}
+
+
+def _same_rank(context: ShapeInferenceContext, node: oir.Node) -> Corrections:
+    """Tile and CenterCropPad: where the sizes are data, the rank is that of the input."""
     data = node.inputs[0]
     if node.outputs[0].shape is not None or data is None or data.shape is None:
         return {}
@@ -242,10 +253,12 @@ _CORRECTIONS: dict[str, Correction] = {
     **dict.fromkeys(["AveragePool", "MaxPool", "LpPool", "Conv", "ConvInteger", "QLinearConv"], _pool),
     **dict.fromkeys(["Reshape", "ConstantOfShape"], _from_shape_vector),
     **dict.fromkeys(_REDUCTIONS.split(), _reduction),
+    "CenterCropPad": _same_rank,
+    "Col2Im": _col2im,
     "Expand": _expand,
     "Split": _split,
     "Squeeze": _squeeze,
-    "Tile": _tile,
+    "Tile": _same_rank,
     "Unique": _unique,
     "Unsqueeze": _unsqueeze,
 }

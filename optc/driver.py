@@ -289,12 +289,12 @@ def verify_artifact(
     name, reference = verification.reference(original, prefer)
     sizes: dict[str, int] = {}
     described = "given"
-    if inputs is None:
-        described = f"random, seed {seed}"
+    if inputs is not None:
+        expected = reference(inputs)
+    else:
         around = sample.around_examples(model.inputs, examples, seed)
         inputs, sizes, expected = _legal_inputs(model, original, reference, seed, dims or {}, around)
-    else:
-        expected = reference(inputs)
+        described = f"random, seed {seed}" + (", and the integers of the example inputs" if inputs is around else "")
     actual = model.run(inputs)
     errors = verification.compare_all(actual, expected)
     if name.startswith("onnxruntime") and verification.is_quantized(original):

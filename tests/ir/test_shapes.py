@@ -171,6 +171,17 @@ def test_what_depends_on_data_keeps_its_rank(canonical, value) -> None:
     assert value(model, "s").shape is None  # n may be 1 as well
 
 
+def test_sizes_of_an_image_that_are_data_tell_its_rank(canonical, value) -> None:
+    model = canonical(
+        """g (float[n,4,c] x, int64[2] image, int64[3] s, float[h,w] v) => (float[] y, float[] z, float[] u) {
+            block = Constant<value_ints = [2, 2]>() y = Col2Im(x, image, block) z = CenterCropPad(x, s)
+            size = Shape(v) u = Col2Im(x, size, block) }"""
+    )
+    assert texts(value(model, "y"))[0] == "n"
+    assert texts(value(model, "u"))[2:] == ["h", "w"]
+    assert {name: len(value(model, name).shape) for name in "yzu"} == {"y": 4, "z": 3, "u": 4}
+
+
 def test_split_by_data_is_not_even(canonical, value) -> None:
     model = canonical("g (float[6] x, int64[2] parts) => (float[] a, float[] b) { a, b = Split(x, parts) }")
     names = {texts(value(model, name))[0] for name in "ab"}

@@ -13,6 +13,7 @@ import operators_elementwise
 import operators_network
 import operators_quantized
 import operators_tensor
+import operators_vision
 import pytest
 from operator_case import TARGETS, Case, Draw, complaints
 
@@ -22,6 +23,7 @@ FAMILIES = {
     "tensor": operators_tensor.FAMILIES,
     "network": operators_network.FAMILIES,
     "quantized": operators_quantized.FAMILIES,
+    "vision": operators_vision.FAMILIES,
 }
 SEEDS = range(1, 1 + int(os.environ.get("OPTC_CASES", "1")))
 
