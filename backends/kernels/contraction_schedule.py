@@ -39,10 +39,10 @@ def schedule(function: Any, target: Target) -> Any:
         return function.with_body(tirx.Evaluate(0)) if fused.tail is None else None
     if int(fused.core.annotations["optc.packed"]):
         return PackedGenerator(fused, target).function()
-    return _Generator(fused, target).function()
+    return Generator(fused, target).function()
 
 
-class _Generator:
+class Generator:
     """Writes the loop nest of one contraction for one target."""
 
     def __init__(self, fused: Fused, target: Target) -> None:
@@ -78,7 +78,7 @@ class _Generator:
         """Return the function with its body replaced."""
         return self.reader.finish(self._chunks())
 
-    def _tasks(self, inner: Any, body: Any) -> Any:
+    def tasks(self, inner: Any, body: Any) -> Any:
         """Return the parallel loop over batch and ``inner``: ``body(batch position, inner position)``."""
 
         def task(o: Any) -> Any:
@@ -117,7 +117,7 @@ class _Generator:
                 loop("r", self.row_tiles, lambda r: loop("t", here, lambda t: micro(r, t))),
             )
 
-        return self._tasks(chunks, chunk)
+        return self.tasks(chunks, chunk)
 
     def _chunk_tiles(self) -> int:
         """Return how many column tiles are packed together."""
@@ -134,7 +134,7 @@ class _Generator:
     def _pack(self, places: dict[Any, Any], panel: Any, first: Any, t: Any) -> Any:
         """Copy one column tile into its panel, vector by vector where neighbours in memory allow it."""
         lanes, columns = self.lanes, self.columns
-        contiguous = self._contiguous()
+        contiguous = self.contiguous()
 
         def element(v: Any, lane: Any, k: Any, at_k: dict[Any, Any], column: Any, where: dict[Any, Any]) -> Any:
             value = self.reader.value(
@@ -183,7 +183,7 @@ class _Generator:
 
         return loop("segment", self.nr // lanes, place)
 
-    def _contiguous(self) -> str | None:
+    def contiguous(self) -> str | None:
         """Tell whether neighbouring columns are neighbours in memory: all ("flat"), within a "row", or None."""
         reader, columns = self.reader, self.columns
         calls: list[Any] = []

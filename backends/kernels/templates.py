@@ -17,6 +17,7 @@ from optc.backends.kernels import (
     integer_depthwise,
     integer_depthwise_schedule,
     integer_schedule,
+    unpacked_rows,
     weight_only,
     weight_only_schedule,
     window,
@@ -31,7 +32,7 @@ ScheduleFunction = Callable[[Any, Target], Any]
 VERSIONS = {
     **dict.fromkeys(generic.RULES, 2),
     attention.TEMPLATE: 1,
-    contraction.TEMPLATE: 1,
+    contraction.TEMPLATE: 2,
     integer_contraction.TEMPLATE: 2,
     integer_depthwise.TEMPLATE: 2,
     weight_only.TEMPLATE: 1,
@@ -43,8 +44,11 @@ else, or the untuned kernel, which they are relative to, has become another one.
 
 
 def _contraction(function: Any, target: Target) -> Any:
-    scheduled = few_rows.schedule(function, target)
-    return contraction_schedule.schedule(function, target) if scheduled is None else scheduled
+    for template in (few_rows, unpacked_rows, contraction_schedule):
+        scheduled = template.schedule(function, target)
+        if scheduled is not None:
+            return scheduled
+    return None
 
 
 TEMPLATES: dict[str, ScheduleFunction] = {
