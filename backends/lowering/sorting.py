@@ -1,4 +1,4 @@
-"""TopK and Unique: stable merge sort of positions along an axis."""
+"""TopK and Unique: a heap of what is largest, or a stable merge sort, along an axis."""
 
 from __future__ import annotations
 
@@ -69,26 +69,134 @@ def top_k(site: Site) -> Any:
     (count,) = site.settle(site.ints(1))
     size = shape[axis]
     result = [*shape[:axis], count, *shape[axis + 1 :]]
+    packed = dtype not in _WIDE
+    few = packed and not site.prove_equal(count, size) and not (im.known(count, size) and 4 * count >= size)
 
     def body(ins: list[imperative.Cells], outs: list[imperative.Cells]) -> None:
-        order = imperative.cells([size], "int64", scope="global")
-        scratch = imperative.cells([size], "int64", scope="global")
+        order = imperative.cells([count if few else size], "int64", scope="global")
+        scratch = None if few else imperative.cells([size], "int64", scope="global")
         with imperative.loop(*shape[:axis]) as outer, imperative.loop(*shape[axis + 1 :]) as inner:
 
             def at(position: Any) -> Any:
                 return ins[0][(*outer, position, *inner)]
 
-            with imperative.loop(size) as (k,):
-                order[k] = k
-            merge_sort(order, scratch, size, lambda a, b: _before(at(a), at(b), largest, dtype))
+            if few:
+                _keep_largest(order, count, size, lambda k: _key(at(k), largest))
+            else:
+                with imperative.loop(size) as (k,):
+                    order[k] = _packed(_key(at(k), largest), k) if packed else k
+                before = (lambda a, b: a > b) if packed else lambda a, b: _before(at(a), at(b), largest, dtype)
+                merge_sort(order, scratch, size, before)
             with imperative.loop(count) as (k,):
-                outs[0][(*outer, k, *inner)] = at(order[k])
-                outs[1][(*outer, k, *inner)] = order[k]
+                position = imperative.variable("int64", _position(order[k]) if packed else order[k])
+                outs[0][(*outer, k, *inner)] = at(position[0])
+                outs[1][(*outer, k, *inner)] = position[0]
 
     return site.emit(
         lambda a: list(imperative.procedure([a], [(result, dtype), (result, "int64")], body, "topk")),
         site.tensor(0),
     )
+
+
+_WIDE = ("float64", "int64", "uint64")
+_LOW = 2**32 - 1
+_BLOCK = 64
+
+
+def _key(value: Any, largest: bool) -> Any:
+    """Return ``value``, of at most 32 bits, as an int32: the larger, the further ahead.
+
+    Bits of floats are in order but for the sign; zeros are equal, and NaN is the largest.
+    """
+    value = _comparable(value)
+    kind = str(value.ty.dtype)
+    if kind == "float32":
+        number = tirx.Select(value == tirx.const(0, kind), tirx.const(0, kind), value)
+        bits = tirx.Select(tirx.isnan(value), tirx.const(0x7FC00000, "int32"), tirx.reinterpret("int32", number))
+        key = tirx.Select(bits < 0, bits ^ tirx.const(0x7FFFFFFF, "int32"), bits)
+    elif kind == "uint32":
+        # Not a subtraction in 64 bits: TVM's simplifier does it in 32.
+        key = tirx.reinterpret("int32", value) ^ tirx.const(-(2**31), "int32")
+    else:
+        key = value.astype("int32")
+    return key if largest else key ^ tirx.const(-1, "int32")
+
+
+def _packed(key: Any, position: Any) -> Any:
+    """Return ``key`` and its position in one integer; of equal keys the first is the largest."""
+    return key.astype("int64") * as_index(_LOW + 1) + (as_index(_LOW) - position)
+
+
+def _position(packed: Any) -> Any:
+    return as_index(_LOW) - (packed & as_index(_LOW))
+
+
+def _keep_largest(heap: imperative.Cells, count: Any, size: Any, key_at: Callable[[Any], Any]) -> None:
+    """Fill ``heap`` with the ``count`` largest of ``size`` keys, packed, descending: O(size log count) at worst.
+
+    The root of the heap is the smallest that is kept. Most keys are below it, so they are looked at by blocks.
+    """
+    count, size = as_index(count), as_index(size)
+    with imperative.loop(tirx.min(count, size)) as (k,):
+        item, place = imperative.variable("int64", _packed(key_at(k), k)), imperative.variable("int64", k)
+        rising = imperative.variable("bool", k > 0)
+        with imperative.repeat_while(rising[0]):
+            parent = imperative.variable("int64", tirx.shift_right(place[0] - 1, as_index(1)))
+            rising[0] = heap[parent[0]] > item[0]
+            with imperative.when(rising[0]):
+                heap[place[0]] = heap[parent[0]]
+                place[0] = parent[0]
+                rising[0] = parent[0] > 0
+        heap[place[0]] = item[0]
+    with imperative.when(tirx.all(count > 0, count < size)):
+        least = imperative.variable("int32", 0)
+
+        def learn() -> None:
+            least[0] = tirx.shift_right(heap[0], as_index(32)).astype("int32")
+
+        def offer(key: Any, position: Any) -> None:
+            # An equal one that comes later is behind.
+            with imperative.when(key > least[0]):
+                _sink(heap, count, _packed(key, position))
+                learn()
+
+        learn()
+        blocks = tirx.floordiv(size - count, as_index(_BLOCK))
+        keys, most = imperative.cells([_BLOCK], "int32"), imperative.cells([_BLOCK], "int32")
+        with imperative.loop(blocks) as (b,):
+            start = count + b * _BLOCK
+            with imperative.loop(_BLOCK, kind="vectorized") as (i,):
+                keys[i] = key_at(start + i)
+            width, source = _BLOCK // 2, keys
+            while width:
+                with imperative.loop(width, kind="vectorized") as (i,):
+                    most[i] = tirx.max(source[i], source[i + width])
+                width, source = width // 2, most
+            with imperative.when(most[0] > least[0]), imperative.loop(_BLOCK) as (i,):
+                offer(keys[i], start + i)
+        with imperative.loop(size - count - blocks * _BLOCK) as (k,):
+            key, position = imperative.variable("int32", 0), count + blocks * _BLOCK + k
+            key[0] = key_at(position)
+            offer(key[0], position)
+    with imperative.loop(tirx.max(count - 1, as_index(0))) as (k,):
+        last, smallest = (imperative.variable("int64", heap[j]) for j in (count - 1 - k, 0))
+        _sink(heap, count - 1 - k, last[0])
+        heap[count - 1 - k] = smallest[0]
+
+
+def _sink(heap: imperative.Cells, count: Any, item: Any) -> None:
+    """Put ``item`` in place of the root of a heap of ``count``."""
+    place = imperative.variable("int64", 0)
+    child = imperative.variable("int64", 1)
+    with imperative.repeat_while(child[0] < count):
+        second = tirx.min(child[0] + 1, count - 1)
+        child[0] = tirx.if_then_else(heap[second] < heap[child[0]], second, child[0])
+        below = imperative.variable("bool", heap[child[0]] < item)
+        with imperative.when(below[0]):
+            heap[place[0]] = heap[child[0]]
+            place[0] = child[0]
+        child[0] = tirx.if_then_else(below[0], place[0] * 2 + 1, count)
+    heap[place[0]] = item
 
 
 def _before(a: Any, b: Any, largest: bool, dtype: str) -> Any:

@@ -292,13 +292,18 @@ def cumulative(d: Draw) -> Case:
 
 
 def top_k(d: Draw) -> Case:
-    dtype = d.pick(("float32", "float64", "float16", "bfloat16", "int32", "int64", "uint8", "int8", "uint64"))
-    x = d.array(dtype, d.shape(1, 4, empty=False))
-    axis = d.axis(x.ndim)
-    n = x.shape[axis]
+    dtype = d.pick(NUMBERS)
+    shape = d.shape(1, 4, empty=False)
+    axis = d.axis(len(shape))
+    if d.integer(0, 2) == 0:
+        # More than one block of what is looked at together.
+        shape[axis] = d.pick([70, 200, 333])
+    x, n = d.array(dtype, shape), shape[axis]
     if d.flag():
         x = np.asarray(d.rng.integers(0, 4, x.shape)).astype(x.dtype)
-    k = d.integer(0, n) if d.flag() else n
+    else:
+        x = d.special(x)
+    k = d.integer(0, d.pick([n, min(n, 9)])) if d.flag() else n
     arrays = [x, _ints(k)]
     attributes = {"axis": axis, "largest": d.integer(0, 1), "sorted": 1}
     symbolic = d.symbols(arrays, {0: range(x.ndim)})
