@@ -5,7 +5,7 @@
             for vector of channels:
                 acc[P] = reduction over the rows of the window, its columns unrolled          registers
                 out = epilogue(acc)
-        the same, pixel by pixel, for the border columns, over the part of the window that is inside
+        the same for the border columns, over the part of the window that is inside
 
 Rows of the window outside of the image are skipped, so nothing is padded. The last tile of a row, and the last
 vector of the channels, are moved back so that they end with the row: what they compute again is the same.
@@ -29,6 +29,10 @@ _COLUMNS = 11
 """Window columns up to which they are unrolled."""
 _PIXELS = (4, 6, 5, 7, 3, 2)
 """Numbers of pixels in a tile, the preferred ones first."""
+_EDGE_PIXELS = 21
+"""Pixels at both ends of a row up to which each gets code of its own."""
+_OPEN_SUMS = 6
+"""Sums that are added to in turn: an addition waits four cycles or so for the one before."""
 
 
 def schedule(function: Any, target: Target) -> Any:
@@ -139,6 +143,11 @@ class _Generator:
         first, stop = (self.reader.analyzer.simplify(v) for v in (first, stop))
         count = static(self.reader.analyzer.simplify(stop - first))
         pixels = self._pixels(count)
+        edges = self._edges(static(first), static(stop), pixels, before, size)
+        if edges is not None:
+            left, right, inner = edges
+            sides = [self._tile(places, [loops.index(x) for x in part], ranges, part) for part in left + right]
+            return sequence(*sides, self._inner(places, loops.index(inner[0]), loops.index(inner[1]), pixels, ranges))
         if count is not None and count < pixels:
             return loop("x", width, lambda x: self._pixel(places, x, ranges, before, size))
         enough = stop - first >= pixels
@@ -146,24 +155,45 @@ class _Generator:
         stop = self.reader.analyzer.simplify(tirx.Select(enough, stop, full))
 
         def body(first: Any, stop: Any) -> Any:
-            tiles = tirx.floordiv(stop - first + (pixels - 1), loops.index(pixels))
-            edges = first + (full - stop)
-
-            def tile(t: Any) -> Any:
-                start = tirx.min(first + t * pixels, stop - pixels)
-                return bind("x", start, lambda x: self._tile(places, x, pixels, ranges))
-
             def edge(e: Any) -> Any:
                 x = tirx.Select(e < first, e, e - first + stop)
                 return bind("x", x, lambda x: self._pixel(places, x, ranges, before, size))
 
-            simplify = self.reader.analyzer.simplify
-            border = simplify(edges)
+            border = self.reader.analyzer.simplify(first + (full - stop))
             return sequence(
-                loop("tile", simplify(tiles), tile), None if static(border) == 0 else loop("edge", border, edge)
+                self._inner(places, first, stop, pixels, ranges),
+                None if static(border) == 0 else loop("edge", border, edge),
             )
 
         return bind("first", tirx.max(first, zero), lambda a: bind("stop", stop, lambda b: body(a, b)))
+
+    def _edges(self, first: int | None, stop: int | None, pixels: int, before: Any, size: Any) -> Any:
+        """Return the tiles left and right of what is inside, as lists of pixels, and the first pixel inside and the
+        one behind the last; None if they are not known or many.
+        """
+        width = static(self.fused.spatial.extents[-2])
+        if width is None or first is None or stop is None or static(before) is None or static(size) is None:
+            return None
+        if stop - first < pixels:
+            first = stop = width
+        if first + width - stop > _EDGE_PIXELS:
+            return None
+        left, right = (list(range(*ends)) for ends in ((0, first), (stop, width)))
+        most = max(_PIXELS)
+        tiles = [[side[i : i + most] for i in range(0, len(side), most)] for side in (left, right)]
+        return *tiles, (first, stop)
+
+    def _inner(self, places: dict[Any, Any], first: Any, stop: Any, pixels: int, ranges: list[Any]) -> Any:
+        """Return the tiles of the pixels from ``first`` to before ``stop``, whose windows are inside in this axis."""
+        tiles = self.reader.analyzer.simplify(tirx.floordiv(stop - first + (pixels - 1), loops.index(pixels)))
+        if static(tiles) == 0:
+            return None
+
+        def tile(t: Any) -> Any:
+            start = tirx.min(first + t * pixels, stop - pixels)
+            return bind("x", start, lambda x: self._tile(places, [x + p for p in range(pixels)], ranges))
+
+        return loop("tile", tiles, tile)
 
     @staticmethod
     def _pixels(count: int | None) -> int:
@@ -177,36 +207,54 @@ class _Generator:
         best = min(_PIXELS, key=cost)
         return decide("pixels", best, [p for p in _PIXELS if p <= count] if best <= count else [], cost)
 
-    def _vectors(self, body: Any) -> Any:
-        """Return the loop over vectors of channels."""
-        exact = static(self.channels) is not None and self.channels % self.lanes == 0
+    def _vectors(self, pixels: int, body: Any) -> Any:
+        """Return the loop over some vectors of channels at a time, so many that enough sums of ``pixels`` are open."""
+        group = max(1, _OPEN_SUMS // pixels)
+        known = static(self.channels)
+        while group > 1 and (known is None or known < group * self.lanes):
+            group -= 1
+        together = group * self.lanes
+        exact = known is not None and known % together == 0
 
         def vector(v: Any) -> Any:
-            start = v * self.lanes
-            return bind("c", start if exact else loops.smaller(start, self.channels - self.lanes), body)
+            start = v * together
+            channels = range(0, together, self.lanes)
+            return bind(
+                "c",
+                start if exact else loops.smaller(start, self.channels - together),
+                lambda c: body([c + offset for offset in channels]),
+            )
 
-        return loop("v", loops.ceildiv(self.channels, self.lanes), vector)
+        return loop("v", loops.ceildiv(self.channels, together), vector)
 
-    def _tile(self, places: dict[Any, Any], x: Any, pixels: int, ranges: list[Any]) -> Any:
-        """Return ``pixels`` pixels from ``x`` on, whose windows are inside in this axis."""
+    def _tile(self, places: dict[Any, Any], xs: list[Any], ranges: list[Any], known: list[int] | None = None) -> Any:
+        """Return the pixels ``xs``, whose windows are inside in this axis unless their places are ``known``."""
 
-        def vector(c: Any) -> Any:
-            acc, allocate = loops.scratch("acc", pixels * self.lanes, self.dtype)
+        def vectors(channels: list[Any]) -> Any:
+            wheres = [{**places, self.pixel[-1]: x} for x in xs]
+            sums = [(where, c) for where in wheres for c in channels]
+            acc, allocate = loops.scratch("acc", len(sums) * self.lanes, self.dtype)
 
             def columns(at: dict[Any, Any]) -> Any:
                 steps = []
                 for column in range(self.window[-1]):
                     here = {**at, self.fused.reduced.variables[-1]: loops.index(column)}
-                    for p in range(pixels):
-                        where = {**places, **here, self.pixel[-1]: x + p}
-                        steps.append(self._accumulate(acc, p, where, c))
+                    for i, (where, c) in enumerate(sums):
+                        if known is None or self._reads(known[i // len(channels)], column):
+                            steps.append(self._accumulate(acc, i, {**where, **here}, c))
                 return sequence(*steps)
 
-            clear = [self._clear(acc, p) for p in range(pixels)]
-            put = [self._put(acc, p, {**places, self.pixel[-1]: x + p}, c) for p in range(pixels)]
+            clear = [self._clear(acc, i) for i in range(len(sums))]
+            put = [self._put(acc, i, where, c) for i, (where, c) in enumerate(sums)]
             return sequence(allocate, *clear, self._over(ranges, columns), *put)
 
-        return self._vectors(vector)
+        return self._vectors(len(xs), vectors)
+
+    def _reads(self, x: int, column: int) -> bool:
+        """Tell whether a column of the window of pixel ``x`` is inside of the image."""
+        before, sizes = self._border()
+        place = x * self.strides[-1] - int(before[-1]) + column * self.dilations[-1]
+        return 0 <= place < int(sizes[-1])
 
     def _pixel(self, places: dict[Any, Any], x: Any, ranges: list[Any], before: Any, size: Any) -> Any:
         """Return one pixel, over the part of its window that is inside."""
@@ -215,12 +263,17 @@ class _Generator:
         first, stop = (loops.index(0), loops.index(found)) if isinstance(found, int) else found
 
         def pixel(first: Any, stop: Any) -> Any:
-            def vector(c: Any) -> Any:
-                acc, allocate = loops.scratch("acc", self.lanes, self.dtype)
-                body = self._over([*ranges, (first, stop)], lambda at: self._accumulate(acc, 0, {**where, **at}, c))
-                return sequence(allocate, self._clear(acc, 0), body, self._put(acc, 0, where, c))
+            def vectors(channels: list[Any]) -> Any:
+                acc, allocate = loops.scratch("acc", len(channels) * self.lanes, self.dtype)
 
-            return self._vectors(vector)
+                def step(at: dict[Any, Any]) -> Any:
+                    return sequence(*(self._accumulate(acc, i, {**where, **at}, c) for i, c in enumerate(channels)))
+
+                clear = [self._clear(acc, i) for i in range(len(channels))]
+                put = [self._put(acc, i, where, c) for i, c in enumerate(channels)]
+                return sequence(allocate, *clear, self._over([*ranges, (first, stop)], step), *put)
+
+            return self._vectors(1, vectors)
 
         return bind("left", first, lambda a: bind("right", stop, lambda b: pixel(a, b)))
 
