@@ -73,6 +73,8 @@ if __name__ == "__main__":
     except OptcError as error:
         click.echo(f"rank {os.environ.get('RANK', '0')}: error: {error}", err=True)
         sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

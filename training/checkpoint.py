@@ -65,6 +65,8 @@ def save(
     try:
         dcp.save(dict(tensors), checkpoint_id=partial)
     except CheckpointException as error:  # what any rank met; a rank that is gone is another error
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
         raise CheckpointError(f"cannot write {partial}: {_reason(error)}") from error
     _first_rank(finish, rank, folder)
     return final

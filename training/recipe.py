@@ -38,6 +38,14 @@ class Recipe:
     optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW
     lr_schedule: Callable[[torch.optim.Optimizer], Any] | None = None
 
+    def trainable(self) -> tuple[Callable[..., torch.Tensor], Data]:
+        """The loss and the data; UsageError if one of them is missing."""
+        if self.loss_fn is None or self.data is None:
+            raise UsageError(
+                "the recipe has no loss_fn or no data", hint="Recipe(module, example_inputs, loss_fn, data)"
+            )
+        return self.loss_fn, self.data
+
 
 class Batches:
     """Shuffled batches of a map-style dataset of ``(inputs, target)``; every epoch in another order.

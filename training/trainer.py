@@ -90,6 +90,11 @@ class Trainer:
         self._optimizer = optimizer(parameters) if parameters else None
         self._scheduler = lr_schedule(self._optimizer) if lr_schedule and self._optimizer else None
         self._masks: dict[str, torch.Tensor] = {}
+        self._asked_to_stop = self.stopping = False
+
+    def ask_to_stop(self) -> None:
+        """Let ``stopping`` become true on every rank with the end of the step that runs; any rank may ask."""
+        self._asked_to_stop = True
 
     def _build_stages(self) -> dict[int, Stage]:
         plan, layout = self.plan, self._layout
@@ -197,10 +202,13 @@ class Trainer:
         if world.dp > 1 and not self._sharded:
             gradients.average_over_replicas(weights.owned, world)
         gradients.sum_tied(weights.owned, weights.tied)
-        total = torch.tensor(math.fsum(losses), dtype=torch.float64, device=world.device)
+        totals = [math.fsum(losses), float(self._asked_to_stop)]
         if world.size > 1:
-            dist.all_reduce(total)
-        return float(total) / (self.plan.microbatches * world.dp)
+            summed = torch.tensor(totals, dtype=torch.float64, device=world.device)
+            dist.all_reduce(summed)
+            totals = summed.tolist()
+        self.stopping = totals[1] > 0
+        return totals[0] / (self.plan.microbatches * world.dp)
 
     def _refuse_not_finite(self, what: str, value: float) -> None:
         if self._scaler is None and not math.isfinite(value):

@@ -28,15 +28,20 @@ def command(model: str, plan_path: Path | None, cluster: Path | None, restarts: 
       optc train mypackage.train:recipe --cluster cluster.toml --steps 1000
     """
     from optc import training
+    from optc.training import __main__ as rank
     from optc.training.recipe import load
 
     if (plan_path is None) == (cluster is None):
         raise UsageError("give either --plan or --cluster")
+    # What every rank would refuse is refused before any is started, and not started again.
+    rank.main.make_context("optc train", [model, "--plan", str(plan_path or cluster), *options])
+    recipe = load(model)
+    recipe.trainable()
     if plan_path is not None:
         plan = training.Plan.load(plan_path)
+        plan.bind(recipe.module)
     else:
         assert cluster is not None
-        recipe = load(model)
         plan = training.plan(recipe.module, recipe.example_inputs, cluster, model=model)
         click.echo(plan.explain(), err=True)
         plan_path = Path("plan.json")

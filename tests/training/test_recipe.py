@@ -124,6 +124,11 @@ def test_mistakes_of_the_command_line_are_told_before_work_starts(factories):
         invoke(split_command, f"{factories}:recipe", "--stages", 2, "-o", "missing/plan.json")
     with pytest.raises(UsageError, match="either --plan or --cluster"):
         invoke(train_command, f"{factories}:recipe")
+    Path("cluster.toml").write_text("devices = 1\n")
+    with pytest.raises(UsageError, match="no loss_fn or no data"):
+        invoke(train_command, f"{factories}:recipe", "-c", "cluster.toml", "--steps", 1)
+    assert "Missing option '--steps'" in invoke(train_command, f"{factories}:recipe", "-c", "cluster.toml").output
+    assert not Path("plan.json").exists()
 
 
 def test_the_picture_has_a_box_for_every_action():

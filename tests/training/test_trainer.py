@@ -2,6 +2,8 @@
 
 import copy
 import math
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import optc
 from optc.errors import CheckpointError, InputError, TrainingError, UsageError
 from optc.training import Distillation, Trainer, load_weights, plan
 from optc.training.gradients import LossScaler
+from optc.training.loop import Settings, fit
 
 
 def sgd(parameters):
@@ -186,6 +189,7 @@ def test_a_disk_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed.checkpoint.FileSystemWriter, "write_data", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.* on rank 0"):
         trainer_of(checkpoints=tmp_path)[0].save()
+    assert not list(tmp_path.glob(".step*"))  # it would keep the disk full
     with pytest.raises(CheckpointError, match="not JSON serializable"):
         monkeypatch.undo()
         trainer_of(checkpoints=tmp_path)[0].save({"extra": {1, 2}})
@@ -266,6 +270,26 @@ def test_a_checkpoint_is_compiled(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = recipe.module.eval()(tokens).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_run_ends_with_its_step_and_a_checkpoint(tmp_path):
+    recipe, before = gpt(), signal.getsignal(signal.SIGINT)
+    made = plan(recipe.module, recipe.example_inputs, {"devices": 1, "microbatches": 2}, costs="roofline")
+    steps = []
+
+    def loss_fn(output, target):
+        steps.append(len(steps) // 2)
+        if len(steps) == 3:  # the first microbatch of the second step, once from the terminal and once from torchrun
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return models.cross_entropy(output, target)
+
+    with pytest.raises(TrainingError, match="interrupted after step 2 of 5") as raised:
+        fit(replace(recipe, loss_fn=loss_fn), made, Settings(5, checkpoints=tmp_path))
+    assert raised.value.hint == "the same command goes on from there"
+    assert (tmp_path / "latest").read_text() == "step-00000002"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert fit(recipe, made, Settings(3, checkpoints=tmp_path)).step_number == 3
 
 
 def test_errors_of_training_are_their_own_kind():
