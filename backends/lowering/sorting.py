@@ -74,7 +74,7 @@ def top_k(site: Site) -> Any:
 
     def body(ins: list[imperative.Cells], outs: list[imperative.Cells]) -> None:
         order = imperative.cells([count if few else size], "int64", scope="global")
-        scratch = None if few else imperative.cells([size], "int64", scope="global")
+        scratch = order if few else imperative.cells([size], "int64", scope="global")
         with imperative.loop(*shape[:axis]) as outer, imperative.loop(*shape[axis + 1 :]) as inner:
 
             def at(position: Any) -> Any:
