@@ -1,6 +1,6 @@
 """The schedule of depthwise convolution and pooling on channels-last images: ``convolution.window``.
 
-    for row of output pixels:                   parallel
+    for (block of channels, row of output pixels):                  parallel
         for tile of P pixels whose windows are inside of the image:
             for vector of channels:
                 acc[P] = reduction over the rows of the window, its columns unrolled          registers
@@ -13,6 +13,7 @@ vector of the channels, are moved back so that they end with the row: what they 
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import tvm
@@ -31,6 +32,8 @@ _PIXELS = (4, 6, 5, 7, 3, 2)
 """Numbers of pixels in a tile, the preferred ones first."""
 _EDGE_PIXELS = 21
 """Pixels at both ends of a row up to which each gets code of its own."""
+_LINE_BITS = 512
+"""Of a line of the cache, which neighbouring pixels do not share if blocks of channels begin and end with it."""
 _OPEN_SUMS = 6
 """Sums that are added to in turn: an addition waits four cycles or so for the one before."""
 
@@ -74,6 +77,19 @@ class _Generator:
         while known is not None and lanes > max(known, 1):
             lanes //= 2
         self.lanes = lanes if known is not None else 1
+        self.block = self._block(target)
+        self.base: Any = loops.index(0)
+
+    def _block(self, target: Target) -> Any:
+        """Return how many channels are taken at a time: those whose weights and lines stay in the first-level cache."""
+        known = static(self.channels)
+        if known is None or self.image is None:
+            return self.channels
+        columns = static(self.image.source.shape[-2]) or _COLUMNS
+        window = prod(self.window)
+        bytes_each = (window // self.window[-1] * columns + window) * bits(self.dtype) // 8
+        line = max(self.lanes, _LINE_BITS // bits(self.dtype))
+        return min(known, max(line, target.caches.l1 * 3 // 4 // bytes_each // line * line))
 
     def _image(self) -> Any:
         """Return the load from the image: the one whose places move with the pixel and the window."""
@@ -97,7 +113,19 @@ class _Generator:
             ranges, more = self._ranges(named, before, sizes)
             return sequence(*bindings, *more, self._row(named, ranges, before[-1], sizes[-1]))
 
-        return self.reader.finish(loop("row", outer.total, row, "parallel"))
+        blocks = loops.ceildiv(self.channels, self.block) if static(self.channels) is not None else 1
+        if blocks == 1 or static(outer.total) == 0:
+            return self.reader.finish(loop("row", outer.total, row, "parallel"))
+        rows = self.reader.size(outer.total)
+
+        def task(position: Any) -> Any:
+            def block(base: Any) -> Any:
+                self.base = base
+                return row(position % rows)
+
+            return bind("base", loops.smaller(position // rows * self.block, self.channels - self.block), block)
+
+        return self.reader.finish(loop("task", rows * blocks, task, "parallel"))
 
     def _border(self) -> tuple[list[Any], list[Any]]:
         """Return the padding before and the size of each axis of the image."""
@@ -210,7 +238,7 @@ class _Generator:
     def _vectors(self, pixels: int, body: Any) -> Any:
         """Return the loop over some vectors of channels at a time, so many that enough sums of ``pixels`` are open."""
         group = max(1, _OPEN_SUMS // pixels)
-        known = static(self.channels)
+        known = static(self.block)
         while group > 1 and (known is None or known < group * self.lanes):
             group -= 1
         together = group * self.lanes
@@ -218,14 +246,12 @@ class _Generator:
 
         def vector(v: Any) -> Any:
             start = v * together
-            channels = range(0, together, self.lanes)
+            first = start if exact else loops.smaller(start, self.block - together)
             return bind(
-                "c",
-                start if exact else loops.smaller(start, self.channels - together),
-                lambda c: body([c + offset for offset in channels]),
+                "c", self.base + first, lambda c: body([c + offset for offset in range(0, together, self.lanes)])
             )
 
-        return loop("v", loops.ceildiv(self.channels, together), vector)
+        return loop("v", loops.ceildiv(self.block, together), vector)
 
     def _tile(self, places: dict[Any, Any], xs: list[Any], ranges: list[Any], known: list[int] | None = None) -> Any:
         """Return the pixels ``xs``, whose windows are inside in this axis unless their places are ``known``."""
