@@ -41,16 +41,15 @@ Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Task:
-    """A model file, calibration data, what is seen of a model on test data, and the score of that (more is better).
+    """A model file, calibration data, what is seen of a model on test data, and scores of that (more is better).
 
-    The score takes what is seen of the model and of the float32 one.
+    Scores, by what they are called, take what is seen of the model and of the float32 one.
     """
 
     file: Callable[[], Path]
     calibration: Callable[[str], list[dict[str, np.ndarray]]]
     see: Callable[[Run], list[Any]]
-    score: Callable[[list[Any], list[Any]], float]
-    unit: str
+    scores: Mapping[str, Callable[[list[Any], list[Any]], float]]
     int4: bool = False
     transformer: bool = False
 
@@ -72,12 +71,22 @@ def _metadata() -> dict[str, str]:
 
 
 def detection(run: Run) -> list[np.ndarray]:
-    """Return where 40 pages have text, by the threshold 0.3."""
-    return [next(iter(run({"x": page}).values())) > 0.3 for page in texts.pages(40, 1)]
+    """Return the detector's maps of 40 pages."""
+    return [next(iter(run({"x": page.pixels}).values()))[0, 0] for page in texts.pages(40, 1)]
+
+
+def drawn(found: list[np.ndarray], _: list[np.ndarray]) -> float:
+    """Return the mean intersection over union of the boxes that are found with the lines that were drawn."""
+    return overlap([texts.boxes(p) for p in found], [page.text for page in texts.pages(40, 1)])
+
+
+def found_in_float32(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """Return the mean intersection over union with what the float32 model finds, pixel by pixel, before boxes."""
+    return overlap([p > 0.3 for p in found], [p > 0.3 for p in expected])
 
 
 def overlap(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """Return the mean intersection over union."""
+    """Return the mean intersection over union of masks."""
     pairs = zip(found, expected, strict=True)
     return float(np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in pairs]))
 
@@ -142,7 +151,7 @@ def _on_digits(name: str) -> Task:
         return [{name: images} for images in digits_module().calibration()]
 
     file = functools.partial(_digits_file, name)
-    return Task(file, calibration, classification, share, "images right", int4=True, transformer=name == "vit")
+    return Task(file, calibration, classification, {"images right": share}, int4=True, transformer=name == "vit")
 
 
 TASKS = {
@@ -150,22 +159,19 @@ TASKS = {
         lambda: CACHE / "ppocr" / "rec.onnx",
         lambda name: [{name: line.pixels} for line in texts.lines(64, 2)],
         recognition,
-        characters_right,
-        "characters right",
+        {"characters right": characters_right},
     ),
     "PP-OCRv4 detection": Task(
         lambda: CACHE / "ppocr" / "det.onnx",
-        lambda name: [{name: page} for page in texts.pages(16, 2)],
+        lambda name: [{name: page.pixels} for page in texts.pages(16, 2)],
         detection,
-        overlap,
-        "IoU with float32",
+        {"IoU with the lines": drawn, "IoU of pixels with float32": found_in_float32},
     ),
     "MiniLM": Task(
         lambda: CACHE / "exported" / "minilm.onnx",
         lambda _: [tokens(sentence) for sentence in texts.sentences(200, 0)[:64]],
         similarity,
-        spearman,
-        "Spearman with float32",
+        {"Spearman with float32": spearman},
         int4=True,
         transformer=True,
     ),
@@ -203,38 +209,39 @@ def measure(name: str) -> None:
     """Measure one task and keep each figure as soon as it is there."""
     task, results = TASKS[name], FOLDER / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
-
-    def keep(what: str, score: Callable[[], float | str]) -> None:
-        if what in found:
-            return
-        found[what] = score()
-        print(f"{name}: {what}: {found[what]}", flush=True)
-        results.write_text(json.dumps(found, indent=1))
-
     file = task.file()
     model = optc.optimize(file)
     calls = task.calibration(str(model.graph.inputs[0].name))
     quantizer = Quantizer(model, data.load(calls, specs(model.graph.inputs)))
     reference = task.see(runner(model))
-    keep("float32", lambda: task.score(reference, reference))
 
-    def mine(options: Options) -> float:
-        return task.score(task.see(runner(quantizer.run(options).model)), reference)
+    def keep(what: str, make: Callable[[], Any]) -> None:
+        if what in found:
+            return
+        seen = task.see(runner(make()))
+        found[what] = {unit: score(seen, reference) for unit, score in task.scores.items()}
+        print(f"{name}: {what}: {found[what]}", flush=True)
+        results.write_text(json.dumps(found, indent=1))
 
-    def peer(quantize: Callable[[], onnx.ModelProto]) -> float | str:
+    def keep_of_peer(what: str, make: Callable[[], onnx.ModelProto]) -> None:
         try:
-            return task.score(task.see(runner(quantize())), reference)
+            keep(what, make)
         except Exception as error:  # the peer raises errors of every kind for what it cannot do
-            return f"fails: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+            found[what] = f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+            print(f"{name}: {what}: {found[what]}", flush=True)
+            results.write_text(json.dumps(found, indent=1))
 
-    for what, options in ours(task).items():
-        keep(what, lambda options=options: mine(options))
+    keep("float32", lambda: model)
+    variants = ours(task)
+    first = next(iter(variants))
+    keep(first, lambda: quantizer.run(variants[first]).model)
     for method in peers.CALIBRATORS:
-        how = functools.partial(peers.onnxruntime_static, file, calls, method)
-        keep(f"onnxruntime {method}", lambda how=how: peer(how))
+        keep_of_peer(f"onnxruntime {method}", functools.partial(peers.onnxruntime_static, file, calls, method))
     for what, accurate in (("NNCF", False), ("NNCF, accurate bias correction", True)):
         how = functools.partial(peers.nncf_static, file, calls, transformer=task.transformer, accurate=accurate)
-        keep(what, lambda how=how: peer(how))
+        keep_of_peer(what, how)
+    for what, options in variants.items():
+        keep(what, lambda options=options: quantizer.run(options).model)
 
 
 def tables() -> str:
@@ -245,8 +252,11 @@ def tables() -> str:
         if not path.exists():
             continue
         found = json.loads(path.read_text())
-        rows = [f"| {what} | {value if isinstance(value, str) else f'{value:.4f}'} |" for what, value in found.items()]
-        parts += [f"### {name}", "", f"| quantizer | {task.unit} |", "|---|---:|", *rows, ""]
+        parts += [f"### {name}", "", f"| quantizer | {' | '.join(task.scores)} |", f"|---{'|---:' * len(task.scores)}|"]
+        for what, scores in found.items():
+            cells = [scores] if isinstance(scores, str) else [f"{value:.4f}" for value in scores.values()]
+            parts.append(f"| {what} | {' | '.join(cells)} |")
+        parts.append("")
     return "\n".join(parts)
 
 

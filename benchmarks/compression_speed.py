@@ -44,7 +44,7 @@ SAMPLES = 8
 def calibration(name: str, model: Any) -> list[dict[str, np.ndarray]]:
     """Return text for models with real weights, else standard normal values and random tokens."""
     if name.startswith("PP-OCRv4 det"):
-        return [{"x": page} for page in texts.pages(SAMPLES, 2, 640)]
+        return [{"x": page.pixels} for page in texts.pages(SAMPLES, 2, 640)]
     if name.startswith("PP-OCRv4 rec"):
         shown = [line.pixels[..., :320] for line in texts.lines(8 * SAMPLES, 2)]
         return [{"x": x} for x in shown if x.shape[-1] == 320][:SAMPLES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from time import perf_counter
 
 import numpy as np
 import onnx_ir as oir
@@ -15,7 +16,9 @@ from optc.passes.quantize.products import Product, products
 
 Progress = Callable[[str], None]
 
-_SECONDS = 0.15
+_SECONDS, _RUNS = 0.2, 5
+_NOT_COUNTED = ("transpose", "between kernels")
+"""Kernels that change layouts at both ends, and the time of the call."""
 _OPERATIONS = 5e10
 """Float32 operations in a second that the model of a core assumes; only ratios matter."""
 _BYTES = 1e10
@@ -30,8 +33,8 @@ def layer_times(
     """Return the seconds that each layer takes by itself, in float32 and quantized, one thread.
 
     ``shapes`` are those of what the layers read, by the layer's name. Equal layers are measured once. The quantized
-    layer reads integers and writes integers, as it does between others; the roundings at both ends of a chain are not
-    counted.
+    layer reads integers and writes integers, as it does between others. The roundings at both ends of a chain are not
+    counted, nor are changes of the memory's layout: neighbours have the layout of the layer.
     """
     from optc.driver import resolve_target
 
@@ -96,19 +99,23 @@ def _quantized(p: Product, shape: Sequence[int], mixture: Mixture) -> oir.Model:
 def _measured(plain: oir.Model, quantized: oir.Model, target: str) -> tuple[float, float]:
     from optc import driver
     from optc.sample import random_inputs
-    from optc.timing import alternate
 
-    running = {}
-    for name, model in (("float32", plain), ("quantized", quantized)):
+    running = []
+    for model in (plain, quantized):
         compiled = driver.compile(model, target=target, verify=False).model()
         compiled.threads = 1
         inputs = random_inputs(compiled.inputs)
         if inputs[compiled.inputs[0].name].dtype.kind in "iu":
             shape = inputs[compiled.inputs[0].name].shape
             inputs = {compiled.inputs[0].name: _bytes(shape, compiled.inputs[0].dtype)}
-        running[name] = lambda compiled=compiled, inputs=inputs: compiled.run(inputs)
-    a, b = alternate(running, seconds=_SECONDS, min_runs=3)
-    return a.median / 1e3, b.median / 1e3
+        running.append((compiled, inputs, list[float]()))
+    start = perf_counter()
+    while perf_counter() - start < _SECONDS or len(running[0][2]) < _RUNS:
+        for compiled, inputs, samples in running:
+            kernels = compiled.profile(inputs)
+            samples.append(sum(kernel.seconds for kernel in kernels if not kernel.name.startswith(_NOT_COUNTED)))
+    a, b = (float(np.median(samples)) for _, _, samples in running)
+    return a, b
 
 
 def _bytes(shape: tuple[int, ...], dtype: str) -> np.ndarray:
