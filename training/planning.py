@@ -19,7 +19,7 @@ from optc.passes.partition.chain import segments
 from optc.training import cluster as clusters
 from optc.training import distributed, faithful, planner
 from optc.training.analysis import analyse
-from optc.training.capture import Program, capture
+from optc.training.capture import Program, capture, source_line
 from optc.training.cluster import Cluster
 from optc.training.costs import Costs, measure
 from optc.training.linearize import Layout, linearize
@@ -224,6 +224,9 @@ def _plan(
     known = costs if isinstance(costs, Costs) else _costs(layout, costs)
     chain = layout.chain(known)
     samples = _samples(program)
+    described = _with_possible_sharding(described, module)
+    if described.devices > 1:
+        _refuse_sparse(layout)
     found = planner.search(chain, described, samples, optimizer_state)
     best = found.candidates[0]
     return Plan(
@@ -243,6 +246,32 @@ def _plan(
         module=module,
         best=best,
     )
+
+
+def _with_possible_sharding(cluster: Cluster, module: torch.nn.Module) -> Cluster:
+    """FSDP shards weights of one type only."""
+    kinds = sorted({str(weight.dtype) for weight in module.parameters() if weight.requires_grad})
+    if len(kinds) < 2:
+        return cluster
+    if cluster.data_parallel == "fsdp":
+        raise UsageError(f"FSDP shards weights of one type, not {', '.join(kinds)}", hint='data_parallel = "ddp"')
+    return replace(cluster, data_parallel="ddp")
+
+
+def _refuse_sparse(layout: Layout) -> None:
+    """Sparse gradients can be neither reduced over ranks nor gathered."""
+    sparse = []
+    for unit in layout.units:
+        schema = getattr(unit.target, "_schema", None)
+        names = [argument.name for argument in schema.arguments] if schema is not None else []
+        given = dict(zip(names, unit.args, strict=False)) | unit.kwargs
+        if given.get("sparse") is True:
+            sparse.append(f"{unit.name} ({source_line(unit)})")
+    if sparse:
+        raise UsageError(
+            f"several devices cannot train weights with sparse gradients: {', '.join(sparse[:5])}",
+            hint="Embedding(…, sparse=False)",
+        )
 
 
 def _samples(program: Program) -> int:

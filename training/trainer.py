@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 
 from optc.errors import CheckpointError, InputError, TrainingError, UsageError
@@ -40,7 +42,8 @@ class Trainer:
             with a true attribute ``needs_inputs`` is called with the microbatch's inputs besides.
         plan: of ``optc.training.plan``.
         optimizer: makes a torch optimizer of a list of parameters; it is given those of this rank.
-        lr_schedule: makes a torch learning rate scheduler of an optimizer; it steps once a step.
+        lr_schedule: makes a torch learning rate scheduler of an optimizer; it steps once a step, one that looks at
+            a plateau with the loss.
         precision: ``fp32``, ``bf16`` (autocast) or ``fp16`` (autocast, scaled loss).
         clip: largest norm of all gradients together.
         seed: of dropout and other random operators.
@@ -48,7 +51,8 @@ class Trainer:
         checkpoints: folder for ``save`` and ``resume``; ``keep`` newest stay.
 
     Raises:
-        UsageError: the plan is for another model or number of ranks.
+        UsageError: the plan is for another model or number of ranks, the loss has weights that nobody would train, or
+            the optimizer needs a closure.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Trainer:
     ) -> None:
         if precision not in PRECISIONS:
             raise UsageError(f"there is no precision '{precision}'", hint=f"precisions: {', '.join(PRECISIONS)}")
+        _refuse_weights_of(loss_fn)
         self.plan, self.step_number, self.norm = plan, 0, math.nan
         self._module, self._loss_fn, self._clip, self._keep = module, loss_fn, clip, keep
         self._folder = None if checkpoints is None else Path(checkpoints)
@@ -87,7 +92,7 @@ class Trainer:
         )
         parameters = self._weights.parameters()
         # A stage without weights has nothing to optimize.
-        self._optimizer = optimizer(parameters) if parameters else None
+        self._optimizer = _without_closure(optimizer(parameters)) if parameters else None
         self._scheduler = lr_schedule(self._optimizer) if lr_schedule and self._optimizer else None
         self._masks: dict[str, torch.Tensor] = {}
         self._asked_to_stop = self.stopping = False
@@ -123,6 +128,8 @@ class Trainer:
 
         mesh = DeviceMesh.from_group(self.world.dp_group, self.world.device.type, mesh_dim_names=("dp",))
         for stage in self._stages.values():
+            for parameter in stage.parameters():
+                parameter.data = parameter.data.contiguous()  # FSDP refuses others, such as channels last
             if any(True for _ in stage.parameters()):
                 fully_shard(stage, mesh=mesh)
         self._weights.rebind()
@@ -151,7 +158,7 @@ class Trainer:
             loss = self._reduce(losses)
             self._refuse_not_finite("loss", loss)
             self._watch.note("updating weights")
-            self._update()
+            self._update(loss)
             if self.world.dp > 1:
                 self._watch.note(WAITING)
                 self._weights.share_buffers()
@@ -217,7 +224,7 @@ class Trainer:
                 hint="resume from the last checkpoint with a smaller learning rate or with clip, and look at the batch",
             )
 
-    def _update(self) -> None:
+    def _update(self, loss: float) -> None:
         weights = self._weights
         finite = True
         if self._scaler is not None:
@@ -235,7 +242,9 @@ class Trainer:
         if self._optimizer is not None and finite:
             self._optimizer.step()
             self._apply_masks()
-        if self._scheduler is not None:
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler.step(loss)
+        elif self._scheduler is not None:
             self._scheduler.step()
 
     def set_masks(self, masks: Mapping[str, torch.Tensor]) -> None:
@@ -397,3 +406,23 @@ class Trainer:
     def close(self) -> None:
         """Stop telling other ranks what this one does; the process group stays."""
         self._watch.close()
+
+
+def _refuse_weights_of(loss_fn: Callable[..., torch.Tensor]) -> None:
+    if isinstance(loss_fn, torch.nn.Module):
+        names = [name for name, weight in loss_fn.named_parameters() if weight.requires_grad]
+        if names:
+            raise UsageError(
+                f"loss_fn has {len(names)} weights that would not be trained: {', '.join(names[:5])}",
+                hint="make them part of the module, or freeze them",
+            )
+
+
+def _without_closure(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UsageError(
+            f"{type(optimizer).__name__} runs the model several times a step, which a pipeline does not",
+            hint="take an optimizer whose step needs no closure",
+        )
+    return optimizer

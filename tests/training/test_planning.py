@@ -139,6 +139,23 @@ def test_inputs_of_different_batches_are_refused():
         plan(Sum(), (torch.randn(3), torch.randn(2)), {"devices": 1}, costs="roofline")
 
 
+def test_sparse_gradients_stay_on_one_device():
+    module, tokens = torch.nn.Embedding(8, 4, sparse=True), torch.zeros(2, 3, dtype=torch.long)
+    assert plan(module, tokens, {"devices": 1}, costs="roofline").devices == 1
+    with pytest.raises(UsageError, match="sparse gradients: embedding"):
+        plan(module, tokens, {"devices": 2, "dp": 2}, costs="roofline")
+
+
+def test_weights_of_several_types_are_not_sharded():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    module[1].bias = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64), requires_grad=True)
+    module[1].forward = lambda x: x @ module[1].weight + module[1].bias.float()
+    made = plan(module, torch.zeros(2, 4), {"devices": 2, "dp": 2}, costs="roofline")
+    assert made.data_parallel == "ddp"
+    with pytest.raises(UsageError, match=r"weights of one type, not torch.float32, torch.float64"):
+        plan(module, torch.zeros(2, 4), {"devices": 2, "dp": 2, "data_parallel": "fsdp"}, costs="roofline")
+
+
 def test_a_plan_survives_its_file(gpt, costs, tmp_path):
     made = plan(*gpt, {"devices": 4, "pp": 4, "dp": 1, "schedule": "1F1B"}, costs=costs)
     made.save(tmp_path / "plan.json")

@@ -59,6 +59,10 @@ def test_wrong_options_are_errors():
     made = plan(module, inputs, {"devices": 2, "pp": 2}, costs="roofline")
     with pytest.raises(UsageError, match="this run has 1"):
         Trainer(module, loss, made, sgd)
+    with pytest.raises(UsageError, match="loss_fn has 1 weights that would not be trained: weight"):
+        trainer_of(loss_fn=torch.nn.PReLU())
+    with pytest.raises(UsageError, match="LBFGS runs the model several times"):
+        trainer_of(optimizer=torch.optim.LBFGS)
     trainer = trainer_of()[0]
     with pytest.raises(UsageError, match="no folder for checkpoints"):
         trainer.save()
@@ -155,6 +159,16 @@ def test_masks_hold_weights_at_zero_and_survive_checkpoints(tmp_path):
         trainer.set_masks({"x": mask})
     with pytest.raises(UsageError, match="the mask of"):
         trainer.set_masks({"layers.2.weight": mask[:2]})
+
+
+def test_a_schedule_that_looks_for_a_plateau_is_given_the_loss():
+    def lr_schedule(optimizer):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+
+    trainer, inputs, targets, _ = trainer_of(lr_schedule=lr_schedule)
+    trainer._scheduler.best = 0.0  # no loss is better
+    trainer.step(inputs, targets)
+    assert trainer.learning_rate() == 0.05
 
 
 @pytest.mark.parametrize("optimizer", [sgd, torch.optim.AdamW, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)])
