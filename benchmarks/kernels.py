@@ -84,7 +84,7 @@ def of_shapes(kind: str) -> list[dict[str, Any]]:
         expected = shape.expected(inputs) or peer(inputs)
         error = difference(list(model.run(inputs).values()), expected)
         running = {"optc": lambda m=model, x=inputs: m.run(x), "onnxruntime": lambda p=peer, x=inputs: p(x)}
-        times = {t.name: t.median for t in alternate(running, seconds=0.0, min_runs=2, warmup=1)}
+        times = {t.name: t.median for t in alternate(running, seconds=0.1, min_runs=3, warmup=2)}
         row = {"name": shape.name, "operations": shape.operations, "error": error}
         rows.append({**row, "ms": times["optc"], "onnxruntime_ms": times["onnxruntime"]})
     return rows
