@@ -27,8 +27,8 @@ class _Reader:
         return next(self._calls, None)
 
 
-def onnxruntime_static(file: Path, calls: Calls, method: str) -> onnx.ModelProto:
-    """Return what onnxruntime's quantize_static makes after its own preprocessing: per channel, unsigned activations.
+def onnxruntime_static(file: Path, calls: Calls, method: str, *, per_channel: bool = True) -> onnx.ModelProto:
+    """Return what onnxruntime's quantize_static makes after its own preprocessing, with unsigned activations.
 
     ``method`` is one of CALIBRATORS.
     """
@@ -44,7 +44,7 @@ def onnxruntime_static(file: Path, calls: Calls, method: str) -> onnx.ModelProto
             result,
             _Reader(calls),
             quant_format=QuantFormat.QDQ,
-            per_channel=True,
+            per_channel=per_channel,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=getattr(CalibrationMethod, method),
