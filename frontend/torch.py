@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import onnx_ir as oir
 from optc.errors import InvalidModelError, MissingDependencyError, UnsupportedModelError, UsageError
 from optc.frontend.factory import resolve
 from optc.frontend.onnx import load
+from optc.frontend.torch_operators import translations
 from optc.ir import provenance
 
 _FX_NODE = "pkg.torch.onnx.fx_node"
@@ -27,12 +28,15 @@ EXAMPLES = "optc.example_inputs"
 _INSTALL = "pip install 'optc[torch]'"
 
 
-def capture(source: Any, *, example_inputs: Sequence[Any] | None = None, dynamic_shapes: Any = None) -> oir.Model:
+def capture(
+    source: Any, *, example_inputs: Sequence[Any] | Mapping[str, Any] | None = None, dynamic_shapes: Any = None
+) -> oir.Model:
     """Return a PyTorch model as canonical IR; each node's source is the name of its FX node.
 
     ``source`` is an ``nn.Module`` (captured in evaluation mode, its own mode untouched), an ``ExportedProgram``, a
     ``.pt2`` file, or ``package.module:factory``, whose function returns ``module``, ``(module, example_inputs)`` or
-    ``(module, example_inputs, dynamic_shapes)``. ``dynamic_shapes`` is torch.export's; without it every size is fixed.
+    ``(module, example_inputs, dynamic_shapes)``. ``example_inputs`` are positional, or by keyword in a mapping.
+    ``dynamic_shapes`` is torch.export's; without it every size is fixed.
 
     Raises:
         MissingDependencyError: torch or onnxscript is not installed.
@@ -57,9 +61,8 @@ def capture(source: Any, *, example_inputs: Sequence[Any] | None = None, dynamic
                 f"capturing {type(source).__name__} needs example inputs",
                 hint="optc.compile(module, (x,)), or let the factory return (module, (x,))",
             )
-        inputs = tuple(example_inputs) if isinstance(example_inputs, list | tuple) else (example_inputs,)
         with _evaluation_mode(source):
-            program = _export(torch, source, inputs, dynamic_shapes)
+            program = _export(torch, source, example_inputs, dynamic_shapes)
     model = program.model
     for node in model.graph.all_nodes():
         fx = node.metadata_props.get(_FX_NODE)
@@ -122,7 +125,16 @@ def _evaluation_mode(module: Any) -> Iterator[None]:
             child.training = mode
 
 
-def _export(torch: Any, source: Any, inputs: tuple[Any, ...] | None, dynamic_shapes: Any) -> Any:
+def _arguments(inputs: Any) -> dict[str, Any]:
+    """Return positional inputs, or those by keyword of a mapping, as the exporter takes them."""
+    if isinstance(inputs, Mapping):
+        return {"args": (), "kwargs": dict(inputs)}
+    args = tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
+    # It takes a mapping at the end for arguments by keyword.
+    return {"args": (*args, {}) if args and isinstance(args[-1], dict) else args}
+
+
+def _export(torch: Any, source: Any, inputs: Any, dynamic_shapes: Any) -> Any:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
@@ -130,16 +142,28 @@ def _export(torch: Any, source: Any, inputs: tuple[Any, ...] | None, dynamic_sha
         logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
-            arguments = {} if inputs is None else {"args": inputs, "dynamic_shapes": dynamic_shapes}
-            return torch.onnx.export(source, **arguments, dynamo=True, verbose=False, optimize=False)
+            arguments = {} if inputs is None else _arguments(inputs) | {"dynamic_shapes": dynamic_shapes}
+            table = translations(torch)
+            return torch.onnx.export(
+                source, **arguments, dynamo=True, verbose=False, optimize=False, custom_translation_table=table
+            )
     except Exception as error:  # torch.export and the exporter raise many unrelated classes
-        cause = _root(error)
         raise UnsupportedModelError(
-            f"PyTorch cannot export this model: {_summary(cause)}",
+            f"PyTorch cannot export this model: {_place(error)}{_summary(_root(error))}",
             hint="torch.export.export(module, inputs) tells more; data-dependent control flow needs torch.cond",
         ) from error
     finally:
         logger.setLevel(level)
+
+
+def _place(error: BaseException) -> str:
+    """Return which operator could not be translated to ONNX, if that is what failed."""
+    found: BaseException | None = error
+    while found is not None:
+        if match := re.search(r"Error when translating node (%\w+)\b.*?\[target=([\w.]+)\]", str(found), re.DOTALL):
+            return f"{match.group(2)} ({match.group(1)}): "
+        found = found.__cause__
+    return ""
 
 
 def _root(error: BaseException) -> BaseException:

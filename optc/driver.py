@@ -59,7 +59,7 @@ class Tuned:
 
 def compile(
     path_or_model: Any,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     target: str = "cpu",
     input_shapes: Mapping[str, Sequence[int | str]] | None = None,
@@ -77,7 +77,7 @@ def compile(
 
     Args:
         path_or_model: see ``optc.capture``.
-        example_inputs: the positional inputs that an ``nn.Module`` is captured with.
+        example_inputs: what an ``nn.Module`` is captured with: positional inputs, or a mapping of those by keyword.
         target: ``cpu`` is this machine; see ``optc targets``.
         input_shapes: fixes whole inputs by name, with sizes or dimension names.
         dims: gives named dimensions a size; what is not given stays symbolic.
@@ -138,7 +138,7 @@ def pack(model: oir.Model, build: Build, target: Target, report: Mapping[str, An
 
 def optimize(
     path_or_model: Any,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     input_shapes: Mapping[str, Sequence[int | str]] | None = None,
     dims: Mapping[str, int] | None = None,

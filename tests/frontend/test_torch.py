@@ -7,6 +7,7 @@ import pytest
 
 from optc.errors import InvalidModelError, UnsupportedModelError, UsageError
 from optc.ir import provenance
+from optc.ir.serialize import to_proto
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from optc.frontend.torch import capture  # noqa: E402 - needs torch
@@ -101,3 +102,42 @@ def test_without_torch_the_error_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("2 ")
     assert "pip install 'optc[torch]'" in done.stdout
+
+
+class Keywords(torch.nn.Module):
+    def forward(self, a, options):
+        return a + options["shift"]
+
+
+def test_inputs_by_keyword_and_mappings_as_inputs():
+    options = {"shift": torch.ones(4)}
+    by_position = capture(Keywords(), example_inputs=(X, options))
+    by_keyword = capture(Keywords(), example_inputs={"a": X, "options": options})
+    for model in (by_position, by_keyword):
+        assert [value.name for value in model.graph.inputs] == ["a", "options_shift"]
+
+
+class Statistics(torch.nn.Module):
+    def forward(self, x):
+        even, place = x.median(1, keepdim=True)
+        return even, place, x.median(-2)[0], x.cumprod(-1)
+
+
+def test_operators_that_the_exporter_lacks():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    model = capture(Statistics(), example_inputs=(x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    session = onnxruntime.InferenceSession(to_proto(model).SerializeToString())
+    found = session.run(None, {"x": x[:2].numpy()})
+    for a, b in zip(found, Statistics()(x[:2]), strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), b)
+
+
+class Unknown(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.rrelu(x) + torch.linalg.matrix_exp(x)
+
+
+def test_an_operator_without_translation_is_named():
+    with pytest.raises(UnsupportedModelError, match=r"aten\.\w+.*No ONNX function"):
+        capture(Unknown(), example_inputs=(torch.ones(4, 4),))
