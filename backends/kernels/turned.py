@@ -23,8 +23,9 @@ from optc.backends.kernels.loops import bind, load, loop, sequence, store
 from optc.backends.kernels.transpose import transpose
 
 _LINE_BYTES = 64
-_SHUFFLED_BITS = 32
-"""The element width whose squares are transposed by shuffles: those of narrower ones take many."""
+_SQUARE_BITS = 128
+"""The vectors that squares of short integers are made of: shuffles across wider ones take several instructions."""
+_SHORT = ("int8", "uint8", "int16", "uint16")
 
 
 def schedule(function: Any, block: Any, target: Target, parallel: bool) -> Any:
@@ -53,6 +54,13 @@ def _axis(read: Any, spatial: Axes) -> int | None:
     return found[0]
 
 
+def _lanes(dtype: str, target: Target) -> int:
+    """Return the side of the squares that are transposed by shuffles, 1 for none."""
+    if bits(dtype) == 32:
+        return target.lanes(32)
+    return _SQUARE_BITS // bits(dtype) if dtype in _SHORT and target.vector_bits >= _SQUARE_BITS else 1
+
+
 class _Turned:
     """Writes the loop nest."""
 
@@ -66,45 +74,50 @@ class _Turned:
         rest = [i for i in range(len(spatial.variables) - 1) if i != at]
         self.outer = Axes([spatial.variables[i] for i in rest], [spatial.extents[i] for i in rest])
         self.dtype = str(operand.source.dtype)
-        self.lanes = target.lanes(bits(self.dtype)) if bits(self.dtype) == _SHUFFLED_BITS else 1
-        self.size = max(self.lanes, _LINE_BYTES * 8 // bits(self.dtype))
+        self.lanes = _lanes(self.dtype, target)
+        size = max(self.lanes, _LINE_BYTES * 8 // bits(self.dtype))
+        self.high, self.wide = (self._fit(extent, size) for extent in (self.rows, self.columns))
+
+    def _fit(self, extent: Any, size: int) -> int:
+        """Return the size of a block: whole squares, no more than there are."""
+        known = loops.static(extent)
+        return size if known is None or known >= size else max(self.lanes, known // self.lanes * self.lanes)
 
     def function(self, parallel: bool) -> Any:
         """Return the function with its body replaced."""
-        blocks = self.reader.size(loops.ceildiv(self.columns, self.size))
+        blocks = self.reader.size(loops.ceildiv(self.columns, self.wide))
         square, allocate = loops.scratch("square", self.lanes**2, self.dtype)
         turned, allocate_turned = loops.scratch("turned", self.lanes**2, self.dtype)
         scratch = [allocate, allocate_turned] if self.lanes > 1 else []
 
         def task(t: Any) -> Any:
-            return bind("o", t // blocks, lambda o: bind("first", t % blocks * self.size, lambda b: body(o, b)))
+            return bind("o", t // blocks, lambda o: bind("first", t % blocks * self.wide, lambda b: body(o, b)))
 
         def body(o: Any, b: Any) -> Any:
             places = self.outer.at(o)
 
             def block(i: Any) -> Any:
-                return bind("second", i * self.size, lambda a: self._block(places, a, b, square, turned))
+                return bind("second", i * self.high, lambda a: self._block(places, a, b, square, turned))
 
-            return sequence(*scratch, loop("i", loops.ceildiv(self.rows, self.size), block))
+            return sequence(*scratch, loop("i", loops.ceildiv(self.rows, self.high), block))
 
         total = self.outer.total * blocks
         return self.reader.finish(loop("task", total, task, "parallel" if parallel else "serial"))
 
     def _block(self, places: dict[Any, Any], a: Any, b: Any, square: Any, turned: Any) -> Any:
         """Return the statement for one block from row ``a`` and column ``b`` of the result."""
-        high, wide = (loops.smaller(self.size, extent - start) for extent, start in ((self.rows, a), (self.columns, b)))
+        high, wide = loops.smaller(self.high, self.rows - a), loops.smaller(self.wide, self.columns - b)
         partial = loop("i", high, lambda i: loop("j", wide, lambda j: self._element(places, a + i, b + j)))
         if self.lanes == 1:
-            size = self.size
-            whole = loop("i", size, lambda i: loop("j", size, lambda j: self._element(places, a + i, b + j)))
+            whole = loop("i", self.high, lambda i: loop("j", self.wide, lambda j: self._element(places, a + i, b + j)))
         else:
-            steps = self.size // self.lanes
 
             def one(i: Any, j: Any) -> Any:
                 return self._square(places, a + i * self.lanes, b + j * self.lanes, square, turned)
 
-            whole = loop("i", steps, lambda i: loop("j", steps, lambda j: one(i, j)))
-        inside = tirx.all(a + self.size <= loops.index(self.rows), b + self.size <= loops.index(self.columns))
+            rows, columns = self.high // self.lanes, self.wide // self.lanes
+            whole = loop("i", rows, lambda i: loop("j", columns, lambda j: one(i, j)))
+        inside = tirx.all(a + self.high <= loops.index(self.rows), b + self.wide <= loops.index(self.columns))
         return tirx.IfThenElse(inside, whole, partial)
 
     def _square(self, places: dict[Any, Any], a: Any, b: Any, square: Any, turned: Any) -> Any:

@@ -27,7 +27,7 @@ def values(shape, dtype):
 @given(
     shape=st.lists(SIZE, min_size=2, max_size=4),
     order=st.randoms(use_true_random=False),
-    dtype=st.sampled_from([np.float32, np.int32, np.float64, np.uint8, np.int64, np.bool_]),
+    dtype=st.sampled_from([np.float32, np.int32, np.float64, np.uint8, np.int8, np.int16, np.int64, np.bool_]),
     named=st.booleans(),
     target=st.sampled_from(["cpu", "nehalem"]),
 )
@@ -90,3 +90,13 @@ def test_images_turned_for_convolution(compile_model, make_model, channels, kern
     windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.float64), (kernel, kernel), (2, 3))[:, :, ::2]
     expected = np.einsum("ncyxij,mcij->nmyx", windows, w.astype(np.float64))
     np.testing.assert_allclose(run(x)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["cpu", "nehalem"])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16])
+@pytest.mark.parametrize("sizes", [(32, 80), (50, 33), (16, 7)])
+def test_short_integers(compile_model, make_model, sizes, dtype, target):
+    x = values((2, *sizes), dtype)
+    node = helper.make_node("Transpose", ["x"], ["y"], perm=[0, 2, 1])
+    run = compile_model(make_model([node], {"x": (dtype, x.shape)}, {"y": dtype}), target)
+    np.testing.assert_array_equal(run(x)[0], x.transpose(0, 2, 1))
