@@ -132,11 +132,14 @@ def hoisted(expression: Any) -> Any:
     """Return ``expression`` with the values that it binds by Let bound around all of it, each once.
 
     TVM vectorizes the operands of a product twice, and takes a Let in one of them for two that contradict each other.
-    What is bound under a condition may be defined only there: such expressions stay as they are.
+    What is bound under a condition may be defined only there: such expressions stay as they are. So do those that bind
+    within a comparison, where the Let keeps TVM from turning ``not a < b`` into ``b <= a``, which NaN tells apart.
     """
     conditions: list[Any] = []
     tvm_ffi.structural_walk(expression, (tvm.ir.Call, lambda x: conditions.append(str(x.op.name))))
     if "tirx.if_then_else" in conditions:
+        return expression
+    if any(str(let.ty) == "bool" for let in collect(expression, tirx.Let)):
         return expression
     bound: list[tuple[Any, Any]] = []
 

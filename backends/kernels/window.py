@@ -268,7 +268,8 @@ class _Generator:
                     for i, (where, c) in enumerate(sums):
                         if known is None or self._reads(known[i // len(channels)], column):
                             steps.append(self._accumulate(acc, i, {**where, **here}, c))
-                return sequence(*steps)
+                # Where the padding is wider than the window, some see nothing of the image.
+                return sequence(*steps) if steps else tirx.Evaluate(0)
 
             clear = [self._clear(acc, i) for i in range(len(sums))]
             put = [self._put(acc, i, where, c) for i, (where, c) in enumerate(sums)]
