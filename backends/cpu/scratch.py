@@ -10,6 +10,7 @@ from tvm import tirx
 from tvm.target import codegen
 
 from optc.backends.kernels import loops
+from optc.backends.kernels.fused import bits
 
 _STACK_BYTES = 1024
 """TVM puts what is larger into its pool."""
@@ -55,21 +56,14 @@ def _start(position: Any) -> int | None:
 def _is_array(statement: Any, moved: set[Any]) -> bool:
     if not isinstance(statement, tirx.AllocBuffer) or statement.buffer not in moved:
         return False
-    return 16 < (_bytes(statement.buffer) or 0) <= _STACK_BYTES and _bits(statement.buffer) <= 32
-
-
-def _bits(buffer: Any) -> int:
-    return int(tvm.DataType(str(buffer.ty.dtype)).bits)
-
-
-def _bytes(buffer: Any) -> int | None:
-    size = loops.static(loops.product(buffer.ty.shape))
-    return None if size is None else size * _bits(buffer) // 8
+    width = bits(str(statement.buffer.ty.dtype))
+    size = loops.static(loops.product(statement.buffer.ty.shape)) or 0
+    return 16 < size * width // 8 <= _STACK_BYTES and width <= 32
 
 
 def _pooled(allocation: Any) -> list[Any]:
     """Return an allocation just large enough for the pool, and the view of its first elements."""
     buffer = allocation.buffer
     dtype = str(buffer.ty.dtype)
-    memory = tirx.decl_buffer([_STACK_BYTES * 8 // _bits(buffer) + 1], dtype, f"{buffer.name}_memory")
+    memory = tirx.decl_buffer([_STACK_BYTES * 8 // bits(dtype) + 1], dtype, f"{buffer.name}_memory")
     return [tirx.AllocBuffer(memory, allocation.annotations), tirx.DeclBuffer(buffer, data=memory.data)]

@@ -62,16 +62,10 @@ def _hoist_bindings(module: Any, _context: Any) -> Any:
         return old if value.same_as(old.value) else tirx.BufferStore(old.buffer, value, old.indices)
 
     for var, function in module.functions.items():
-        if isinstance(function, tirx.PrimFunc) and _binds(function.body):
+        if isinstance(function, tirx.PrimFunc) and loops.collect(function.body, tirx.Let):
             body = tvm_ffi.structural_map(function.body, [(tirx.BufferStore, store)], order="post")
             module.update_func(var, function.with_body(body))
     return module
-
-
-def _binds(body: Any) -> bool:
-    found: list[bool] = []
-    tvm_ffi.structural_walk(body, (tirx.Let, lambda _: found.append(True)))
-    return bool(found)
 
 
 @tvm.transform.module_pass(opt_level=0, name="PlaceScratch")  # type: ignore[untyped-decorator]

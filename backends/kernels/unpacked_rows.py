@@ -103,6 +103,7 @@ class _Generator(Generator):
             value = load(sums, i * self.width + j)
             return self.reader.store(where, [(self.rows, row), (self.columns, column)], value)
 
+        # With one row, factors of more streams fit in registers: sums are loaded and stored less often.
         streams = STREAMS * 2 if rows == 1 else STREAMS
         whole = self.k // streams
         return sequence(

@@ -174,7 +174,10 @@ class _Generator:
         edges = self._edges(static(first), static(stop), pixels, before, size)
         if edges is not None:
             left, right, inner = edges
-            sides = [self._tile(places, [loops.index(x) for x in part], ranges, part) for part in left + right]
+            sides = []
+            for part in left + right:
+                read = [[c for c in range(k) if 0 <= x * s - int(before) + c * d < int(size)] for x in part]
+                sides.append(self._tile(places, [loops.index(x) for x in part], ranges, read))
             return sequence(*sides, self._inner(places, loops.index(inner[0]), loops.index(inner[1]), pixels, ranges))
         if count is not None and count < pixels:
             return loop("x", width, lambda x: self._pixel(places, x, ranges, before, size))
@@ -253,8 +256,10 @@ class _Generator:
 
         return loop("v", loops.ceildiv(self.block, together), vector)
 
-    def _tile(self, places: dict[Any, Any], xs: list[Any], ranges: list[Any], known: list[int] | None = None) -> Any:
-        """Return the pixels ``xs``, whose windows are inside in this axis unless their places are ``known``."""
+    def _tile(
+        self, places: dict[Any, Any], xs: list[Any], ranges: list[Any], read: list[list[int]] | None = None
+    ) -> Any:
+        """Return the pixels ``xs``; their windows are inside in this axis, or ``read`` lists the columns that are."""
 
         def vectors(channels: list[Any]) -> Any:
             wheres = [{**places, self.pixel[-1]: x} for x in xs]
@@ -266,7 +271,7 @@ class _Generator:
                 for column in range(self.window[-1]):
                     here = {**at, self.fused.reduced.variables[-1]: loops.index(column)}
                     for i, (where, c) in enumerate(sums):
-                        if known is None or self._reads(known[i // len(channels)], column):
+                        if read is None or column in read[i // len(channels)]:
                             steps.append(self._accumulate(acc, i, {**where, **here}, c))
                 # Where the padding is wider than the window, some see nothing of the image.
                 return sequence(*steps) if steps else tirx.Evaluate(0)
@@ -276,12 +281,6 @@ class _Generator:
             return sequence(allocate, *clear, self._over(ranges, columns), *put)
 
         return self._vectors(len(xs), vectors)
-
-    def _reads(self, x: int, column: int) -> bool:
-        """Tell whether a column of the window of pixel ``x`` is inside of the image."""
-        before, sizes = self._border()
-        place = x * self.strides[-1] - int(before[-1]) + column * self.dilations[-1]
-        return 0 <= place < int(sizes[-1])
 
     def _pixel(self, places: dict[Any, Any], x: Any, ranges: list[Any], before: Any, size: Any) -> Any:
         """Return one pixel, over the part of its window that is inside."""

@@ -7,22 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from training_models import Round
 
 from optc.errors import UnsupportedModelError
 from optc.training import faithful
 from optc.training.analysis import analyse, written
 from optc.training.capture import capture
 from optc.training.linearize import linearize
-
-
-class Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.round()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 3 * gradient
 
 
 class Noisy(torch.autograd.Function):
