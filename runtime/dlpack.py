@@ -7,7 +7,6 @@ every version since still serves to consumers that ask for none).
 from __future__ import annotations
 
 import ctypes
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -88,9 +87,8 @@ def _array(owner: object, tensor: ffi.DLTensor, dtype: np.dtype[Any]) -> NDArray
     return np.asarray(memory).view(dtype)
 
 
-def contiguous(owner: object, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return the memory at ``start`` as an array that keeps ``owner`` alive."""
-    size = math.prod(shape) * dtype.itemsize
+def contiguous(owner: object, start: int, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+    """Return ``size`` bytes of memory at ``start`` as an array that keeps ``owner`` alive."""
     if not size:
         return np.empty(shape, dtype)
     memory = _bytes(size).from_address(start)

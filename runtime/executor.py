@@ -79,7 +79,8 @@ class _Pool:
     def reset(self) -> None:
         """Forget all runners: in the child of a fork none of their threads exists."""
         self.lock = threading.RLock()  # a finalizer may run wherever the lock is held
-        self.idle: list[_Inline | _Worker] = []
+        self.inline: list[_Inline] = []  # taken and given back without the lock: both are atomic
+        self.idle: list[_Worker] = []
         self.trials: dict[tuple[tuple[int, ...], ...], Trial] = {}
 
     def machine(self) -> Machine:
@@ -87,12 +88,16 @@ class _Pool:
 
     def take(self, alone: bool) -> _Inline | _Worker:
         """Return a runner; ``alone`` asks for one that uses the caller's thread only."""
+        if alone or self.threads == 1:
+            try:
+                return self.inline.pop()
+            except IndexError:
+                return _Inline(self)
         with self.lock:
-            threads = 1 if alone else self.threads
-            for i, runner in enumerate(self.idle):
-                if runner.threads == threads:
-                    return self.idle.pop(i)
-        return _Inline(self) if threads == 1 else _Worker(self, threads)
+            threads = self.threads
+            if self.idle:
+                return self.idle.pop()
+        return _Worker(self, threads)
 
     def trial(self, arrays: Sequence[Array]) -> Trial:
         """Return what is known about calls with arrays of these shapes."""
@@ -104,10 +109,10 @@ class _Pool:
             trial = self.trials[shapes] = Trial()
         return trial
 
-    def give_back(self, runner: _Inline | _Worker) -> bool:
+    def give_back(self, runner: _Worker) -> bool:
         """Keep an idle runner for the next call; False if it is to end."""
         with self.lock:
-            keep = not self.closed and runner.threads in (1, self.threads) and len(self.idle) < _MAX_IDLE
+            keep = not self.closed and runner.threads == self.threads and len(self.idle) < _MAX_IDLE
             if keep:
                 self.idle.append(runner)
             return keep
@@ -122,6 +127,7 @@ class _Pool:
 
     def close(self) -> None:
         self.closed = True
+        self.inline.clear()
         self.set_threads(self.threads)
         if self.allocator == POOLED_ALLOCATOR:
             ffi.call(_clear_memory())
@@ -153,8 +159,6 @@ class Trial:
 class _Inline:
     """A virtual machine that runs in the caller's thread."""
 
-    threads = 1
-
     def __init__(self, pool: _Pool) -> None:
         self._pool = pool
         self._machine = pool.machine()
@@ -166,10 +170,8 @@ class _Inline:
         try:
             return self._machine.run(arrays, starts)
         finally:
-            self._pool.give_back(self)
-
-    def stop(self) -> None:
-        """Nothing to do: the machine goes with its last reference."""
+            if not self._pool.closed and len(self._pool.inline) < _MAX_IDLE:
+                self._pool.inline.append(self)
 
 
 class _Job:
@@ -235,11 +237,11 @@ class _Argument:
         self.shape = array.shape
         dtype = array.dtype.name
         self.ref = ffi.view(start, *dlpack_type(dtype), array.shape)
-        self._tensor = self.ref.tensor()
+        self._tensor, self._holders = self.ref.tensor(), self.ref.counter()
 
     def move(self, array: Array, start: int) -> bool:
         """Let the tensor lie at ``start``; False if it cannot stand for ``array``, or somebody holds it."""
-        if array.shape != self.shape or self.ref.holders != 1:
+        if array.shape != self.shape or self._holders.value != 1:
             return False
         self._tensor.data = start
         return True
@@ -253,24 +255,28 @@ class Machine:
         self._clock: list[ffi.Ref] = [ffi.empty(*dlpack_type("int64"), (0,))] if clock else []
         self._weights = weights
         self._inputs: list[_Argument] = []
-        self._arguments, _ = ffi.pack([*weights, *self._clock])
+        self._bind()
+
+    def _bind(self) -> None:
+        self._arguments, _ = ffi.pack([*(i.ref for i in self._inputs), *self._weights, *self._clock])
+        self._call = ffi.Call(self._entry, self._arguments)
 
     def measure(self, clock: Array) -> None:
         """From now on add the time of each call of a kernel to ``clock``, int64 [calls, 2] that the caller keeps."""
         self._clock = [ffi.view(clock.ctypes.data, *dlpack_type("int64"), (clock.size,))]
-        self._inputs = []
+        self._bind()
 
     def run(self, arrays: Sequence[Array], starts: Sequence[int]) -> list[ffi.Ref]:
         """Call the entry function on arrays whose data lies at ``starts``; returns its tensors."""
         if len(self._inputs) != len(arrays):
             self._inputs = [_Argument(array, start) for array, start in zip(arrays, starts, strict=True)]
-            self._arguments, _ = ffi.pack([*(i.ref for i in self._inputs), *self._weights, *self._clock])
+            self._bind()
         else:
             for i, argument in enumerate(self._inputs):
                 if not argument.move(arrays[i], starts[i]):
                     self._inputs[i] = _Argument(arrays[i], starts[i])
                     self._arguments[i].content = self._inputs[i].ref.address
-        result = ffi.invoke(self._entry, self._arguments)
+        result = self._call()
         if not isinstance(result, ffi.Ref):
             raise OptcError(f"the compiled code returned {result!r} instead of tensors")
         return result.items() if result.type_index == ffi.ARRAY else [result]

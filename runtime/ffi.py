@@ -103,10 +103,9 @@ class Ref:
         """The index of the object's type."""
         return ctypes.c_int32.from_address(self.address + 8).value
 
-    @property
-    def holders(self) -> int:
-        """How many references to the object there are."""
-        return ctypes.c_uint32.from_address(self.address).value
+    def counter(self) -> ctypes.c_uint32:
+        """Return where the object counts the references to it, valid as long as this one."""
+        return ctypes.c_uint32.from_address(self.address)
 
     def tensor(self) -> DLTensor:
         """Return the tensor's fields, valid as long as the reference; raises OptcError for another object."""
@@ -210,23 +209,36 @@ def pack(args: Sequence[Ref | Value | int | str | bool | None]) -> tuple[ctypes.
     return values, keep
 
 
-def invoke(function: Ref, values: ctypes.Array[Value]) -> Ref | int | None:
-    """Call ``function`` and return its result: an object, an integer (or bool), or None."""
-    result = Value()
-    check(library().TVMFFIFunctionCall(function.address, values, len(values), ctypes.byref(result)))
-    if result.type_index >= FIRST_OBJECT:
-        return Ref(result.content)
-    if result.type_index in (INT, BOOL):
-        return int(result.content)
-    if result.type_index == NONE:
-        return None
-    raise OptcError(f"TVM's runtime returned a value of type {result.type_index}")
+class Call:
+    """A function and where its arguments lie, to be called often: what can be prepared is."""
+
+    def __init__(self, function: Ref, values: ctypes.Array[Value]) -> None:
+        self._function = function
+        self._result = Value()
+        self._arguments = (function.address, values, len(values), ctypes.byref(self._result))
+        self._call = library().TVMFFIFunctionCall
+
+    def __call__(self) -> Ref | int | None:
+        """Return the result: an object, an integer (or bool), or None."""
+        result = self._result
+        result.type_index = NONE  # the callee owns what it finds there
+        status = self._call(*self._arguments)
+        if status:
+            check(status)
+        kind = result.type_index
+        if kind >= FIRST_OBJECT:
+            return Ref(result.content)
+        if kind in (INT, BOOL):
+            return int(result.content)
+        if kind == NONE:
+            return None
+        raise OptcError(f"TVM's runtime returned a value of type {kind}")
 
 
 def call(function: Ref, *args: Ref | Value | int | str | bool | None) -> Ref | int | None:
     """Call ``function`` with ``args``."""
     values, keep = pack(args)
-    result = invoke(function, values)
+    result = Call(function, values)()
     del keep
     return result
 

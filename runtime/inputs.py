@@ -23,7 +23,7 @@ class Inputs:
 
     def __init__(self, specs: Sequence[TensorSpec], alignment: int) -> None:
         self._specs = tuple(specs)
-        self._alignment = alignment
+        self._names = {spec.name for spec in specs}
         self._expected = []
         for spec in specs:
             dtype = numpy_dtype(spec.dtype)
@@ -37,7 +37,7 @@ class Inputs:
         copied. Python numbers and (nested) lists of them are converted where the dtype can hold them.
         Raises InputError for a missing or unknown name, a wrong dtype, rank or dim, or dims that contradict.
         """
-        if len(given) != len(self._specs) or any(spec.name not in given for spec in self._specs):
+        if given.keys() != self._names:
             self._explain_names(given)
         arrays, starts, bound = [], [], dict[str, tuple[int, int, str]]()
         for spec, dtype, fixed, alignment in self._expected:
@@ -54,9 +54,8 @@ class Inputs:
         return arrays, starts
 
     def _explain_names(self, given: Mapping[str, object]) -> None:
-        expected = {spec.name for spec in self._specs}
-        problem = [f"missing input {name!r}" for name in expected - given.keys()]
-        problem += [f"unknown input {name!r}" for name in given if name not in expected]
+        problem = [f"missing input {name!r}" for name in self._names - given.keys()]
+        problem += [f"unknown input {name!r}" for name in given if name not in self._names]
         wanted = "; ".join(map(str, self._specs)) or "no inputs"
         raise InputError("; ".join(problem), hint=f"the model takes {wanted}")
 

@@ -23,8 +23,29 @@ from optc.runtime.inputs import Inputs
 
 _MAX_THREADS = 1024
 
-Output = tuple[ffi.Ref, int, tuple[int, ...]]
-"""A tensor, where its data starts, and its shape."""
+Output = tuple[ffi.Ref, int, tuple[int, ...], int]
+"""A tensor, where its data starts, its shape and its size in bytes."""
+
+
+class _Result:
+    """One output of a model, and how to read the tensor that stands for it."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.name = spec.name
+        self.dtype = numpy_dtype(spec.dtype)
+        self._bits = self.dtype.itemsize * 8
+        self._last: tuple[list[int], tuple[int, ...], int] = [], (), self.dtype.itemsize
+
+    def read(self, ref: ffi.Ref) -> tuple[int, tuple[int, ...], int]:
+        """Return where the data of a tensor starts, its shape and its size in bytes."""
+        tensor = ref.tensor()
+        if tensor.bits * tensor.lanes != self._bits:
+            raise OptcError(f"the code returned elements of {tensor.bits} bits instead of {self.dtype.name}")
+        dims = tensor.shape[: tensor.ndim]
+        last = self._last  # one read: another thread may replace it
+        if dims != last[0]:
+            self._last = last = dims, tuple(dims), math.prod(dims) * self.dtype.itemsize
+        return (tensor.data or 0) + tensor.byte_offset, last[1], last[2]
 
 
 @dataclass(frozen=True)
@@ -42,7 +63,7 @@ class Model:
     def __init__(self, manifest: Manifest, report: bytes, executor: Executor, weights: tuple[int, int]) -> None:
         self._manifest = manifest
         self._inputs = Inputs(manifest.inputs, manifest.alignment)
-        self._dtypes = [(spec.name, numpy_dtype(spec.dtype)) for spec in manifest.outputs]
+        self._outputs = [_Result(spec) for spec in manifest.outputs]
         self._report = report
         self._executor = executor
         self._weights = weights  # where the weights start and end
@@ -91,13 +112,16 @@ class Model:
         lists. They are read in place if contiguous and aligned as the manifest says; nothing may change them
         meanwhile. Outputs own their memory. Raises InputError if the inputs do not fit, OptcError if the code fails.
         """
-        found = zip(self._dtypes, self._run(inputs), strict=True)
-        return {name: contiguous(ref, start, shape, dtype) for (name, dtype), (ref, start, shape) in found}
+        results = {}
+        for output, (ref, start, shape, size) in zip(self._outputs, self._run(inputs), strict=True):
+            results[output.name] = contiguous(ref, start, shape, output.dtype, size)
+        return results
 
     def run_dlpack(self, inputs: Mapping[str, object]) -> dict[str, DLPackTensor]:
         """Like ``run``; returns DLPack tensors, for consumers such as ``torch.from_dlpack``."""
-        found = zip(self._dtypes, self._run(inputs), strict=True)
-        return {name: DLPackTensor(ref) for (name, _), (ref, *_) in found}
+        return {
+            output.name: DLPackTensor(ref) for output, (ref, *_) in zip(self._outputs, self._run(inputs), strict=True)
+        }
 
     def _run(self, inputs: Mapping[str, object]) -> list[Output]:
         arrays, starts = self._inputs.prepare(inputs)
@@ -105,8 +129,8 @@ class Model:
             outputs = self._executor.run(arrays, starts)
         except ffi.TvmError as error:
             raise self._explain(error, arrays) from error
-        if len(outputs) != len(self._dtypes):
-            raise OptcError(f"the code returned {len(outputs)} outputs instead of {len(self._dtypes)}")
+        if len(outputs) != len(self._outputs):
+            raise OptcError(f"the code returned {len(outputs)} outputs instead of {len(self._outputs)}")
         return self._own(outputs, arrays, starts)
 
     def __call__(self, *inputs: object) -> NDArray[Any] | tuple[NDArray[Any], ...]:
@@ -152,22 +176,25 @@ class Model:
 
     def _own(self, outputs: Sequence[ffi.Ref], arrays: Sequence[NDArray[Any]], starts: Sequence[int]) -> list[Output]:
         """Copy outputs that lie in an input, a weight, a constant or another output."""
-        taken = [self._weights, *((start, start + a.nbytes) for start, a in zip(starts, arrays, strict=True))]
+        taken = [self._weights]
+        for start, array in zip(starts, arrays, strict=True):
+            taken.append((start, start + array.nbytes))
         owned: list[Output] = []
-        for ref, (_, dtype) in zip(outputs, self._dtypes, strict=True):
-            tensor = ref.tensor()
-            shape = tuple(tensor.shape[: tensor.ndim])
-            start, size = (tensor.data or 0) + tensor.byte_offset, math.prod(shape) * dtype.itemsize
-            if tensor.bits * tensor.lanes != dtype.itemsize * 8:
-                raise OptcError(f"the code returned elements of {tensor.bits} bits instead of {dtype.name}")
+        for ref, output in zip(outputs, self._outputs, strict=True):
+            start, shape, size = output.read(ref)
+            stop = start + size
             # A fresh output is held by us and by the machine's last result; more holders share it.
-            if size and (ref.holders > 2 or any(start < end and begin < start + size for begin, end in taken)):
+            shared = size and ref.counter().value > 2
+            for begin, end in taken:
+                shared = shared or (size and start < end and begin < stop)
+            if shared:
+                tensor = ref.tensor()
                 ref, source = ffi.empty(tensor.code, tensor.bits, shape), start
                 start = ref.tensor().data or 0
                 ctypes.memmove(start, source, size)
             else:
-                taken.append((start, start + size))
-            owned.append((ref, start, shape))
+                taken.append((start, stop))
+            owned.append((ref, start, shape, size))
         return owned
 
     def _explain(self, error: ffi.TvmError, arrays: Sequence[NDArray[Any]]) -> OptcError:
