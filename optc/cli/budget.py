@@ -39,13 +39,17 @@ def budget_options(command: Command) -> Command:
         (
             click.option("--max-drop", metavar="POINTS", help="Loss of --eval or --labels allowed, 0.5% for example."),
             click.option("--max-error", metavar="METRIC:LIMIT", help="Error allowed: cosine, kl, top1 or relative."),
-            click.option("--only-paying", is_flag=True, help="Without a budget: the layers that are faster so."),
             click.option("--objective", default="time", help="time (default) or size."),
             click.option("--plot", type=click.Path(path_type=Path), help="Write the Pareto plot of a search, an .svg."),
         )
     ):
         command = option(command)
     return measuring_options(command)
+
+
+paying_option = click.option(
+    "--only-paying", is_flag=True, help="Without a budget: quantize the layers that are faster so."
+)
 
 
 def goal(given: dict[str, Any]) -> Any:
@@ -66,12 +70,12 @@ def goal(given: dict[str, Any]) -> Any:
     return Goal(budget, given["evaluate"], given["labels"], given["objective"], given["journal"])
 
 
-def write_plot(path: Path, search: dict[str, Any]) -> None:
-    """Write the Pareto plot of a search."""
+def write_plot(path: Path, search: dict[str, Any], time: str = "seconds, sum of layers") -> None:
+    """Write the Pareto plot of a search; ``time`` says what its times are."""
     from optc.cli.common import write_atomically
     from optc.compression.pareto import plot
 
-    unit = "seconds, sum of layers" if search["objective"] == "time" else "bytes of weights"
+    unit = time if search["objective"] == "time" else "bytes of weights"
     budget = search["budget"]
     text = plot(search["points"], search["front"], budget["limit"], (unit, f"loss: {budget['metric']}"))
 

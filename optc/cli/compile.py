@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from optc.cli.budget import budget_options
+from optc.cli.budget import budget_options, paying_option
 from optc.cli.common import Duration, Share, capture_arguments, capture_options, json_option, print_json
+from optc.cli.prune import IMPORTANCE
 from optc.cli.quantize import quantization_options
 from optc.config import DEFAULT_NAME, CompileConfig, read, write
 from optc.errors import UsageError
@@ -35,8 +36,10 @@ from optc.errors import UsageError
     "--checkpoint", type=click.Path(path_type=Path), help="Weights of a training run, for package.module:factory."
 )
 @click.option("--prune", type=Share(), help="First remove this share of channels, neurons and heads; see `optc prune`.")
+@click.option("--importance", type=click.Choice(IMPORTANCE), help="With --prune: what makes a unit important.")
 @click.option("--quantize", "kind", metavar="KIND", help="Quantize first, to int8 say; see `optc quantize`.")
 @budget_options
+@paying_option
 @quantization_options
 @click.option("--config", type=click.Path(path_type=Path), help=f"Read options from a file like {DEFAULT_NAME}.")
 @click.option("--save-config", type=click.Path(path_type=Path), help="Write these options to a new file.")
@@ -60,6 +63,7 @@ def command(
     require_tuned: bool,
     checkpoint: Path | None,
     prune: float | None,
+    importance: str | None,
     kind: str | None,
     config: Path | None,
     save_config: Path | None,
@@ -77,6 +81,7 @@ def command(
       optc compile model.onnx --tune 5m
       optc compile mypackage.train:recipe --checkpoint run -o model.optc
       optc compile model.onnx --prune 50%
+      optc compile model.onnx --prune 50% --calibrate samples/ --max-error cosine:0.01
       optc compile model.onnx --quantize int8 --calibrate samples/ --max-error cosine:0.01
       optc compile --config optc.toml
 
@@ -104,14 +109,14 @@ def command(
         raise UsageError("--tune cannot tune for a --checkpoint", hint="tune the model first, then give the --log")
     if tune is None and settings.log is None and (settings.require_tuned or settings.threads):
         raise UsageError("--require-tuned and --threads speak about a tuning log", hint="give one with --log")
-    quantization = _quantization(kind, given, tune, checkpoint)
+    smaller = _smaller_options(prune, importance, kind, given, tune is not None or checkpoint is not None)
     if save_config is not None:
         write(save_config, settings)
     with tempfile.TemporaryDirectory(prefix="optc-") as folder:
         if tune is not None:
             settings.log = settings.log or str(Path(folder) / "tuning.jsonl")
             _tune(settings, tune)
-        _compile(settings, checkpoint, prune, quantization, destination, print_ir_after, dump_ir, verify_ir, as_json)
+        _compile(settings, checkpoint, *smaller, destination, print_ir_after, dump_ir, verify_ir, as_json)
 
 
 def _settings(config: Path | None, model: str | None) -> CompileConfig:
@@ -146,7 +151,7 @@ def _default_output(model: str) -> str:
 def _compile(
     settings: CompileConfig,
     checkpoint: Path | None,
-    prune: float | None,
+    pruning: dict[str, Any] | None,
     quantization: dict[str, Any] | None,
     destination: Path,
     print_ir_after: tuple[str, ...],
@@ -163,7 +168,7 @@ def _compile(
     with console.status("starting") as status:
         trace = Trace(progress=lambda stage: status.update(f"[bold]{stage}[/] {settings.model}"))
         model, inputs = (settings.model, None) if checkpoint is None else _trained(settings, checkpoint)
-        model, inputs, compressed = _smaller(settings, model, inputs, prune, quantization, trace)
+        model, inputs, compressed = _smaller(settings, model, inputs, pruning, quantization, trace)
         artifact = compile(
             model,
             inputs,
@@ -192,45 +197,52 @@ def _compile(
         _show(console, summary, artifact)
 
 
-def _quantization(
-    kind: str | None, given: dict[str, Any], tune: float | None, checkpoint: Path | None
-) -> dict[str, Any] | None:
-    """The arguments of ``optc.quantize``, None if nothing is quantized."""
+def _smaller_options(
+    prune: float | None, importance: str | None, kind: str | None, given: dict[str, Any], busy: bool
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The arguments of ``optc.prune`` and of ``optc.quantize``; None for what is not asked for."""
     from optc.cli.budget import goal
     from optc.cli.quantize import quantization_arguments
+    from optc.passes.prune.select import Structured
 
     wanted = goal(given)
     if given["plot"] is not None:
-        raise UsageError("--plot is for `optc quantize`")
-    if kind is None:
-        if given["calibrate"] is not None or wanted is not None:
-            raise UsageError("calibration data and budgets are for quantization", hint="give --quantize int8")
-        return None
-    if tune is not None or checkpoint is not None:
+        raise UsageError("--plot is for `optc quantize` and `optc prune`")
+    if prune is None and kind is None and (given["calibrate"] is not None or wanted is not None):
+        raise UsageError(
+            "calibration data and budgets are for --quantize and --prune", hint="give --quantize int8, or --prune 50%"
+        )
+    if prune is not None and kind is not None and wanted is not None:
+        raise UsageError("one budget cannot be for --prune and --quantize", hint="optc prune, then --quantize")
+    if importance is not None and prune is None:
+        raise UsageError("--importance speaks about --prune")
+    if kind is not None and busy:
         raise UsageError("--quantize does not go with --tune or --checkpoint", hint="optc quantize, then compile")
-    return {
-        **quantization_arguments(kind, given),
-        "goal": wanted,
-        "evaluation": given["evaluation"],
-        "only_paying": given["only_paying"],
-    }
+    common = {"goal": wanted, "evaluation": given["evaluation"]}
+    pruning, quantization = None, None
+    if prune is not None:
+        how = Structured(prune, criterion=importance or "l2")
+        pruning = {"structured": how, "calibrate": given["calibrate"], "samples": given["samples"], **common}
+    if kind is not None:
+        quantization = {**quantization_arguments(kind, given), "only_paying": given["only_paying"], **common}
+    return pruning, quantization
 
 
 def _smaller(
     settings: CompileConfig,
     model: Any,
     inputs: Any,
-    prune: float | None,
+    pruning: dict[str, Any] | None,
     quantization: dict[str, Any] | None,
     trace: Any,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Prune and quantize as asked; return the model, its example inputs, and what to add to the report."""
     fixed: dict[str, Any] = {"input_shapes": settings.input_shapes, "dims": settings.dims}
     report: dict[str, Any] = {}
-    if prune is not None:
-        from optc.compression.prune import prune as smaller
+    if pruning is not None:
+        from optc.compression.prune import prune
 
-        pruned = smaller(model, inputs, structured=prune, verify=settings.verify, trace=trace, **fixed)
+        pruned = prune(model, inputs, verify=settings.verify, trace=trace, **pruning, **fixed)
         model, inputs, fixed, report["pruning"] = pruned.model, None, {}, pruned.report
     if quantization is not None:
         from optc.compression.quantize import quantize

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from optc.cli.budget import budget_options, goal, write_plot
 from optc.cli.common import Share, capture_arguments, capture_options, check_portable, json_option, print_json
 from optc.errors import UsageError
 
@@ -32,6 +33,7 @@ IMPORTANCE = ["l1", "l2", "bn", "activation", "taylor"]
 @click.option("--samples", type=click.IntRange(1), default=128, help="How many samples to use at most.")
 @click.option("--no-recover", is_flag=True, help="Do not fit what is left to the original's activations.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with the masked original.")
+@budget_options
 @capture_options
 @json_option
 def command(
@@ -56,6 +58,7 @@ def command(
     input_shapes: tuple[str, ...],
     dims: tuple[str, ...],
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Make MODEL smaller by what matters least, and write portable ONNX.
 
@@ -63,7 +66,8 @@ def command(
     and shared values make no kernel faster here: files compress better, and other tools may use them. Names in --layer
     may have wildcards. A structured result is run beside the original with zeros in place of what was removed, which
     has to give the same; the accuracy that pruning costs is another matter. With --calibrate, which needs no labels,
-    layers are fitted to what the original computes; importance by activation or taylor needs it too.
+    layers are fitted to what the original computes; importance by activation or taylor needs it too. With a budget
+    (--max-drop, --max-error), --structured is the share that goes at most, and a search finds what may go where.
 
     \b
     Examples:
@@ -72,6 +76,7 @@ def command(
       optc prune model.onnx --sparsity 2:4 -o sparse.onnx
       optc prune model.onnx --low-rank 2% --calibrate samples.npz -o small.onnx
       optc prune model.onnx --structured 30% --scope global --layer 'stem*=0' -o small.onnx
+      optc prune model.onnx --structured 50% --calibrate x.npz --labels y.npy --max-drop 1% -o small.onnx
     """
     from rich.console import Console
 
@@ -83,6 +88,7 @@ def command(
     check_portable(output, "prune")
     if structured is None and (layers or importance != "l2"):
         raise UsageError("--layer and --importance speak about --structured")
+    wanted = goal(given)
     how = Structured(structured or 0.0, scope, importance, multiple, layers=dict(map(_layer, layers)))
     console = Console(stderr=True)
     with console.status("starting") as status:
@@ -98,10 +104,14 @@ def command(
             samples=samples,
             recover=not no_recover,
             verify=not no_verify,
+            goal=wanted,
+            evaluation=given["evaluation"],
             trace=Trace(progress=lambda stage: status.update(f"[bold]{stage}[/] {model}")),
             **capture_arguments(input_shapes, dims),
         )
     serialize.save(result.model, output)
+    if given["plot"] is not None:
+        write_plot(given["plot"], result.report["search"], "time, share of the whole model's")
     if as_json:
         print_json({"output": str(output), **result.report})
     else:
@@ -140,6 +150,10 @@ def _show(console: Any, output: Path, report: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from optc.cli.quantize import show_search
+
+    if "search" in report:
+        show_search(console, report["search"])
     table = Table(title=f"{output}")
     for header in ("what", "units", "tensors"):
         table.add_column(header, justify="left" if header == "what" else "right")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from optc.cli.budget import budget_options, goal, write_plot
+from optc.cli.budget import budget_options, goal, paying_option, write_plot
 from optc.cli.common import capture_arguments, capture_options, check_portable, json_option, print_json
 
 KIND_HELP = "int8 (default), int8-dynamic, int8-weights, int4-weights, float16 or bfloat16."
@@ -82,6 +82,7 @@ def _exponent(text: str | None) -> float | str | None:
 @click.option("--to", "kind", default="int8", help=KIND_HELP)
 @click.option("--target", "-t", default="cpu", help="What layers have to be fast on; see `optc targets`.")
 @budget_options
+@paying_option
 @quantization_options
 @capture_options
 @json_option
@@ -145,10 +146,14 @@ def show(console: Any, output: str, report: dict[str, Any]) -> None:
     for layer in report["layers"]:
         table.add_row(escape(layer["name"]), layer["operator"], f"{layer['weights']:,}", layer["to"])
     console.print(table)
-    found = report.get("search")
-    if found is not None:
-        budget = found["budget"]
-        console.print(
-            f"{budget['metric']}: loses {found['loss']:.4g} of {budget['limit']:g} allowed; "
-            f"{found['evaluations']} mixtures tried, {found['resumed']} of them known before"
-        )
+    if "search" in report:
+        show_search(console, report["search"])
+
+
+def show_search(console: Any, found: dict[str, Any]) -> None:
+    """Print what a search found."""
+    budget = found["budget"]
+    console.print(
+        f"{budget['metric']}: loses {found['loss']:.4g} of {budget['limit']:g} allowed; "
+        f"{found['evaluations']} mixtures tried, {found['resumed']} of them known before"
+    )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as oir
 
 from optc import driver
@@ -74,7 +75,7 @@ class Trial:
         self.mixture, self._board = mixture, Switchboard(mixture)
         progress("evaluating the float32 model")
         self.judge = Judge(score, goal.budget.metric, samples, self._board.run(frozenset()))
-        self.journal = Journal(goal.journal, _subject(mixture.model, samples, goal, options))
+        self.journal = Journal(goal.journal, subject(mixture.model, [samples], goal, vars(options)))
 
     def evaluate(self, layers: frozenset[str]) -> float:
         """Return the loss with ``layers`` quantized."""
@@ -93,25 +94,47 @@ def search(
     found = Search(layers, trial.evaluate, trial.journal, progress)
     outcome = found.run(goal.budget.limit)
     if outcome.best is None:
-        raise AccuracyError(
-            f"no layer can be quantized within {goal.budget}; what was tried, the cheapest first "
-            f"({goal.objective}, loss, layers):\n{front_text(outcome)}",
-            hint="allow more, give other calibration data, or try another kind",
-        )
+        raise unreachable(outcome, goal, "quantized")
     best, model, loss = _proved(trial, outcome, found, goal, progress)
-    report = {
+    # The result may be none of the points if the compiled model lost more than the switched one.
+    proved = Outcome(best, outcome.points, outcome.sensitivity)
+    whole = found.cost(frozenset())
+    return model, described(proved, goal, trial.judge, trial.journal, layers, (whole, loss), "quantized")
+
+
+def unreachable(outcome: Outcome, goal: Goal, what: str) -> AccuracyError:
+    """Return the error for a budget in which nothing fits, with the Pareto front."""
+    return AccuracyError(
+        f"no layer can be {what} within {goal.budget}; what was tried, the cheapest first "
+        f"({goal.objective}, loss, layers):\n{front_text(outcome)}",
+        hint="allow more, give other calibration data, or try another kind",
+    )
+
+
+def described(
+    outcome: Outcome,
+    goal: Goal,
+    judge: Judge,
+    journal: Journal,
+    layers: list[Layer],
+    whole_and_loss: tuple[float, float],
+    what: str,
+) -> dict[str, Any]:
+    """Return the report of a search: ``whole_and_loss`` are the cost of the float32 model and the loss of the best."""
+    assert outcome.best is not None
+    whole, loss = whole_and_loss
+    return {
         "budget": asdict(goal.budget),
-        "baseline": trial.judge.baseline,
+        "baseline": judge.baseline,
         "loss": loss,
         "objective": goal.objective,
-        "cost": {"float32": found.cost(frozenset()), "quantized": best.cost},
+        "cost": {"float32": whole, what: outcome.best.cost},
         "evaluations": len(outcome.points),
-        "resumed": trial.journal.resumed,
-        "layers": _choices(layers, best, outcome),
+        "resumed": journal.resumed,
+        "layers": _choices(layers, outcome.best, outcome, what),
         "front": [{"cost": p.cost, "loss": p.loss, "layers": len(p.layers)} for p in outcome.front()],
         "points": [{"cost": p.cost, "loss": p.loss} for p in outcome.points],
     }
-    return model, report
 
 
 def costs(
@@ -151,11 +174,12 @@ def _proved(
     raise AccuracyError(f"the compiled models lose more than {goal.budget}:\n{front_text(outcome)}")
 
 
-def _choices(layers: list[Layer], best: Point, outcome: Outcome) -> dict[str, dict[str, Any]]:
+def _choices(layers: list[Layer], best: Point, outcome: Outcome, what: str) -> dict[str, dict[str, Any]]:
     rows = {}
     for layer in layers:
-        if layer.name in best.layers:
-            why = "quantized"
+        form = layer.form(best.layers)
+        if form is not None:
+            why = what if form is layer else f"{what}, as {form.name}"
         else:
             why = "does not pay" if layer.saved <= 0 else "over the budget"
         alone = outcome.sensitivity.get(layer.name)
@@ -163,15 +187,19 @@ def _choices(layers: list[Layer], best: Point, outcome: Outcome) -> dict[str, di
     return rows
 
 
-def _subject(model: oir.Model, samples: data.Samples, goal: Goal, options: Options) -> str:
-    """Return a text that is the same for the same model, data and options, for the journal."""
+def subject(model: oir.Model, samples: Sequence[data.Samples | None], goal: Goal, options: Mapping[str, Any]) -> str:
+    """Return a text that is the same for the same model, data, labels and options, for the journal."""
     digest = hashlib.sha256(serialize.to_proto(model).SerializeToString(deterministic=True))
-    for call in samples:
-        for name, array in call.items():
-            digest.update(name.encode())
-            digest.update(array.tobytes())
+    arrays = [item for found in samples if found is not None for call in found for item in call.items()]
+    if isinstance(goal.labels, str | Path) and Path(goal.labels).is_file():
+        digest.update(Path(goal.labels).read_bytes())
+    elif goal.labels is not None and not isinstance(goal.labels, str):
+        arrays.append(("labels", np.asarray(goal.labels)))
+    for name, array in arrays:
+        digest.update(repr((name, array.shape, array.dtype)).encode())
+        digest.update(array.tobytes())
     how = goal.evaluate if isinstance(goal.evaluate, str) else getattr(goal.evaluate, "__qualname__", "")
-    labels = goal.labels if isinstance(goal.labels, str) else repr(goal.labels)
-    text = repr((sorted(vars(options).items(), key=str), goal.budget.metric, how, labels))
-    digest.update(text.encode())
+    labels = str(goal.labels) if isinstance(goal.labels, str | Path) else ""
+    plain = {name: sorted(value) if isinstance(value, frozenset) else value for name, value in options.items()}
+    digest.update(repr((sorted(plain.items()), goal.budget.metric, how, labels)).encode())
     return digest.hexdigest()

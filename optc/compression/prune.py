@@ -9,24 +9,20 @@ from typing import Any
 import numpy as np
 import onnx_ir as oir
 
-from optc import verification
 from optc.compression import data
-from optc.compression.reconstruct import reconstruct
+from optc.compression import structured as removal
+from optc.compression.budget import Goal
+from optc.compression.prune_search import prune_within
 from optc.compression.saliency import drop_branches, second_moments
-from optc.compression.saliency import saliency as measure
-from optc.driver import Trace, specs, verify_artifact
+from optc.driver import Trace, specs
 from optc.errors import UsageError
 from optc.passes import fuse, pipeline
 from optc.passes.prune import sparse
-from optc.passes.prune import structured as passes
 from optc.passes.prune.importance import DATA_CRITERIA
 from optc.passes.prune.low_rank import factor
 from optc.passes.prune.permute import permute
 from optc.passes.prune.select import Structured
 from optc.source import capture
-
-TOLERANCE = 1e-5
-"""Largest difference from the masked original, relative to the output: both compute the same sums."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,8 @@ def prune(
     samples: int = 128,
     recover: bool = True,
     saliency: Mapping[str, np.ndarray] | None = None,
+    goal: Goal | None = None,
+    evaluation: Any = None,
     input_shapes: Mapping[str, Sequence[int | str]] | None = None,
     dims: Mapping[str, int] | None = None,
     dynamic_shapes: Any = None,
@@ -82,6 +80,9 @@ def prune(
         samples: how many of them to use at most.
         recover: fit what is left to the original's activations on these samples.
         saliency: how much single weights matter, by the names that the optimized graph has for them.
+        goal: an accuracy budget: ``structured`` is then the share of a family that goes at most, and a search decides
+            which families lose as much; see ``optc.compression.prune_search``.
+        evaluation: data to evaluate with, like ``calibrate``, which is taken where this is left out.
         input_shapes: fixes whole inputs by name.
         dims: gives named dimensions a size.
         dynamic_shapes: torch.export's, for an ``nn.Module``.
@@ -98,6 +99,8 @@ def prune(
         raise UsageError("nothing to do", hint="--structured 50%, --low-rank 5%, --magnitude 80%, --sparsity 2:4, …")
     if drop_layers is not None and calibrate is None:
         raise UsageError("which layers change little is told by calibration data", hint="give some with --calibrate")
+    if goal is not None:
+        _require_searchable(structured, goal, calibrate, evaluation, (drop_layers, low_rank, zeros, clip, cluster))
     if how.criterion in DATA_CRITERIA and calibrate is None and saliency is None:
         raise UsageError(f"importance by {how.criterion} needs calibration data", hint="give some with --calibrate")
     with trace.stage("capture"):
@@ -108,15 +111,26 @@ def prune(
             input_shapes=input_shapes,
             dims=dims,
         )
-    calls = data.load(calibrate, specs(model.graph.inputs), limit=samples).calls if calibrate is not None else ()
+    inputs = specs(model.graph.inputs)
+    found = data.load(calibrate, inputs, limit=samples) if calibrate is not None else None
+    judged = data.load(evaluation, inputs, limit=samples) if evaluation is not None else found
+    calls = found.calls if found is not None else ()
     with trace.stage("optimize"):
         normalized(model)
     report: dict[str, Any] = {}
     if drop_layers is not None:
         with trace.stage("drop layers"):
             report["dropped"] = drop_branches(model, calls, drop_layers)
-    if structured is not None:
-        report |= _structured(model, how, calls, saliency, verify=verify, recover=recover, trace=trace)
+    if structured is not None and goal is not None:
+        assert judged is not None
+        with trace.stage("search"):
+            model, searched = prune_within(
+                model, how, goal, found, judged, saliency, verify=verify, recover=recover, trace=trace
+            )
+        report |= searched
+    elif structured is not None:
+        worth = removal.importance(model, how, calls, saliency, trace)
+        report |= removal.remove(model, how, calls, worth, verify=verify, recover=recover, trace=trace)
     with trace.stage("weights"):
         moments = second_moments(model, calls) if calls and low_rank is not None else None
         if low_rank is not None:
@@ -130,31 +144,11 @@ def prune(
     return Pruning(model, report)
 
 
-def _structured(
-    model: oir.Model,
-    how: Structured,
-    calls: Sequence[Mapping[str, np.ndarray]],
-    saliency: Mapping[str, np.ndarray] | None,
-    *,
-    verify: bool,
-    recover: bool,
-    trace: Trace,
-) -> dict[str, Any]:
-    original, zero = model.clone(), model.clone() if verify else None
-    if how.criterion in DATA_CRITERIA and saliency is None:
-        with trace.stage("measure activations"):
-            saliency = measure(model, calls, how.criterion)
-    with trace.stage("prune"):
-        outcome = passes.prune(model, how, saliency=saliency, zero=zero)
-    report = _describe(how, outcome)
-    if zero is not None:
-        with trace.stage("verify"):
-            report["verification"] = _compare(model, zero).describe()
-    if calls and recover:
-        with trace.stage("recover"):
-            fits = reconstruct(original, model, outcome.kept, calls, progress=trace.progress)
-        report["recovery"] = [asdict(fit) for fit in fits]
-    return report
+def _require_searchable(structured: Any, goal: Goal, calibrate: Any, evaluation: Any, others: tuple[Any, ...]) -> None:
+    if structured is None or any(option is not None for option in others):
+        raise UsageError("a budget is for structured pruning, alone", hint="--structured 50% --max-drop 0.5%")
+    if calibrate is None and evaluation is None:
+        raise UsageError("a budget needs samples to evaluate and time the model with", hint="--calibrate or --data")
 
 
 def _zeros(model: oir.Model, how: Zeros, saliency: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
@@ -172,37 +166,3 @@ def normalized(model: oir.Model) -> None:
     """Bring a canonical model into the form that is pruned: batch normalizations keep their scales."""
     pipeline.run(model, disable=("fold-batch-norm",))
     pipeline.run(model, passes=fuse.portable())
-
-
-def _describe(how: Structured, outcome: passes.Report) -> dict[str, Any]:
-    return {
-        "structured": asdict(how),
-        "parameters": outcome.parameters,
-        "flops": outcome.flops,
-        "families": [asdict(family) for family in outcome.families],
-        "untouched": [
-            {"name": u.name, "size": u.size, "reasons": list(map(str, u.reasons))} for u in outcome.untouched
-        ],
-    }
-
-
-class _Runner:
-    """A model as ``verify_artifact`` wants it."""
-
-    def __init__(self, model: oir.Model, prefer: str | None) -> None:
-        self.inputs = specs(model.graph.inputs)
-        self.name, self.run = verification.reference(model, prefer)
-
-
-def _compare(model: oir.Model, zero: oir.Model) -> verification.Verification:
-    """Compare with the masked original, both in the same program.
-
-    onnxruntime's approximations differ from call to call where an output is tiny (Sigmoid far below zero); onnx's
-    reference evaluator decides then.
-    """
-    runner = _Runner(model, None)
-    result = verify_artifact(runner, zero, prefer="onnxruntime" if runner.name.startswith("onnxruntime") else "onnx")
-    if not all(output.within(TOLERANCE) for output in result.outputs):
-        result = verify_artifact(_Runner(model, "onnx"), zero, prefer="onnx")
-    result.require(TOLERANCE)
-    return result

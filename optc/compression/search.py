@@ -7,7 +7,7 @@ losses of layers do not add up exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from optc.compression.journal import Journal
@@ -17,16 +17,24 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be compressed, and its cost (seconds or bytes) before and after."""
+    """A layer that can be compressed, and its cost (seconds or bytes) before and after.
+
+    ``weaker`` are forms that save less, each with a name of its own, to be tried where the layer does not fit.
+    """
 
     name: str
     before: float
     after: float
+    weaker: tuple[Layer, ...] = ()
 
     @property
     def saved(self) -> float:
         """What compressing it saves."""
         return self.before - self.after
+
+    def form(self, chosen: Collection[str]) -> Layer | None:
+        """Return the form of the layer that is among ``chosen``, None if it is not compressed."""
+        return next((form for form in (self, *self.weaker) if form.name in chosen), None)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,10 @@ class Outcome:
 
 
 class Search:
-    """Evaluates mixtures of ``layers`` with ``evaluate``, which returns the loss with a set of them compressed."""
+    """Evaluates mixtures of ``layers`` with ``evaluate``, which returns the loss with a set of them compressed.
+
+    The cost of a mixture is the sum over its layers, unless ``measured`` returns that of a mixture that was evaluated.
+    """
 
     def __init__(
         self,
@@ -64,8 +75,9 @@ class Search:
         evaluate: Callable[[frozenset[str]], float],
         journal: Journal | None = None,
         progress: Progress = lambda _: None,
+        measured: Callable[[frozenset[str]], float] | None = None,
     ) -> None:
-        self.layers, self._evaluate = tuple(layers), evaluate
+        self.layers, self._evaluate, self._measured = tuple(layers), evaluate, measured
         self._journal = journal or Journal(None, "")
         self._progress = progress
         self._points: dict[frozenset[str], Point] = {}
@@ -77,13 +89,16 @@ class Search:
             if known is None:
                 self._progress(f"evaluation {len(self._points) + 1}: {len(layers)} of {len(self.layers)} layers")
                 known = self._evaluate(layers)
-                self._journal.add(layers, known)
+                self._journal.add(layers, known, None if self._measured is None else self._measured(layers))
             self._points[layers] = Point(layers, known, self.cost(layers))
         return self._points[layers].loss
 
     def cost(self, layers: frozenset[str]) -> float:
-        """Return the cost of all layers with some of them compressed."""
-        return sum(layer.after if layer.name in layers else layer.before for layer in self.layers)
+        """Return the cost of all layers with some of them compressed; what is measured is known once evaluated."""
+        if self._measured is not None:
+            return self._journal.costs[layers]
+        forms = ((layer, layer.form(layers)) for layer in self.layers)
+        return sum(layer.before if form is None else form.after for layer, form in forms)
 
     def sensitivity(self) -> dict[str, float]:
         """Return the loss of compressing each layer alone."""
@@ -96,9 +111,9 @@ class Search:
         order = sorted(paying, key=lambda layer: max(alone[layer.name], 0.0) / layer.saved)
         chosen = self._prefix([layer.name for layer in order], limit)
         for layer in sorted(order, key=lambda layer: -layer.saved):
-            wider = chosen | {layer.name}
-            if layer.name not in chosen and self.loss(wider) <= limit:
-                chosen = wider
+            forms = (layer, *layer.weaker) if layer.name not in chosen else ()
+            fitting = (chosen | {form.name} for form in forms if self.loss(chosen | {form.name}) <= limit)
+            chosen = next(fitting, chosen)
         inside = [p for p in self._points.values() if p.layers and p.loss <= limit]
         best = min(inside, key=lambda p: (p.cost, p.loss), default=None)
         return Outcome(best, tuple(self._points.values()), alone)

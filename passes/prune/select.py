@@ -71,13 +71,14 @@ def choose(coupling: Coupling, scores: Scores, how: Structured) -> dict[int, np.
     return _without_empty_axes(coupling, removed)
 
 
-def _own_ratio(family: Family, how: Structured) -> float | None:
+def own_ratio(family: Family, how: Structured) -> float | None:
+    """Return the ratio that ``how.layers`` give a family, None if none of them fits."""
     return next((r for pattern, r in how.layers.items() if fnmatch.filter(family.weights, pattern)), None)
 
 
 def _counts(families: tuple[Family, ...], scores: Mapping[int, np.ndarray], how: Structured) -> dict[int, float]:
     """Return how many units each family keeps, before rounding."""
-    own = {family.key: _own_ratio(family, how) for family in families}
+    own = {family.key: own_ratio(family, how) for family in families}
     counts = {
         family.key: len(family.units) * (1 - (how.ratio if ratio is None else ratio))
         for family, ratio in zip(families, own.values(), strict=True)

@@ -31,6 +31,24 @@ def test_nothing_fits():
     assert outcome.front()[0].layers == {"a", "b"}
 
 
+def test_a_weaker_form_where_the_layer_does_not_fit():
+    strong = Layer("a", 10.0, 2.0, (Layer("a, half", 10.0, 6.0), Layer("a, a little", 10.0, 9.0)))
+    search = Search([strong, B], additive({"a": 0.5, "a, half": 0.2, "a, a little": 0.1, "b": 0.2}))
+    assert search.run(0.4).best.layers == {"a, half", "b"}
+    assert search.run(0.4).best.cost == 9.0
+    search = Search([strong, B], additive({"a": 0.5, "a, half": 0.5, "a, a little": 0.1, "b": 0.2}))
+    assert search.run(0.4).best.layers == {"a, a little", "b"}
+
+
+def test_costs_may_be_measured_with_the_loss():
+    def evaluate(layers):
+        costs[layers] = 15.0 - 4.0 * len(layers)
+        return 0.1 * len(layers)
+
+    costs = {}
+    assert Search([A, B], evaluate, measured=costs.__getitem__).run(0.2).best.cost == 7.0
+
+
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_never_worse_than_thirty_random_mixtures(data):
