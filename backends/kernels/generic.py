@@ -18,12 +18,15 @@ from tvm import s_tir, tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import turned
+from optc.backends.kernels.decisions import decide
 from optc.backends.kernels.loops import uses
 from optc.backends.kernels.work import expensive
 
 GENERIC, TURNED, SERIAL = RULES = ("generic", "turned", "serial")
 """The names of the rules: the one above, transpositions in squares, loops that are left as they are."""
 _SPATIAL, _REDUCTION = 0, 2
+_TASKS = 64
+"""Tasks that threads share evenly enough."""
 _SUMS = 8
 """Vectors of sums that are kept in registers."""
 
@@ -159,7 +162,21 @@ def _schedule_alone(sch: Any, block: Any, lanes: int, parallel: bool) -> None:
     spatial = loops[: len(loops) - len(reduction)]
     outer = _vectorize(sch, block, spatial, reduction, lanes)
     if parallel and outer:
-        sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+        tasks = outer[: _tasks([_extent(sch, loop) for loop in outer])]
+        sch.parallel(sch.fuse(*tasks) if len(tasks) > 1 else tasks[0])
+
+
+def _tasks(extents: list[int | None]) -> int:
+    """Return how many of the outermost loops make the tasks of threads: as few as give enough of them.
+
+    A turn of a fused loop divides for its place in each of them, which would take longer than a vector does.
+    """
+    best, count = 0, 1
+    while best < len(extents) and count < _TASKS:
+        # A batch that only a run knows may be one image; an axis further inside is longer.
+        count *= extents[best] or (_TASKS if best else 1)
+        best += 1
+    return min(decide("fused", best, range(1, len(extents) + 1)), len(extents))
 
 
 def _vectorize(sch: Any, block: Any, spatial: list[Any], reduction: list[Any], lanes: int) -> list[Any]:

@@ -30,7 +30,7 @@ ScheduleFunction = Callable[[Any, Target], Any]
 
 
 VERSIONS = {
-    **dict.fromkeys(generic.RULES, 2),
+    **dict.fromkeys(generic.RULES, 3),
     attention.TEMPLATE: 1,
     contraction.TEMPLATE: 2,
     integer_contraction.TEMPLATE: 2,
