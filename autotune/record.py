@@ -24,9 +24,10 @@ from optc.errors import OptcError
 FORMAT = 1
 OK = "ok"
 KEPT = "kept"
+HINT = "hint"
 FAILURES = ("crash", "timeout", "memory", "wrong", "error")
 """How a candidate can fail: it killed its worker, hung, took too much memory, gave wrong numbers, did not build."""
-STATES = (OK, KEPT, *FAILURES)
+STATES = (OK, KEPT, HINT, *FAILURES)
 ALONE, MODEL = "alone", "model"
 """Where a kernel was timed: by itself, or inside of the whole model."""
 
@@ -41,7 +42,8 @@ class Record:
 
     ``decisions`` are all that differ or could differ, ``defaults`` the untuned ones, of layout and template alike.
     ``seconds`` and ``baseline`` are samples of the candidate and of the untuned kernel, taken in turns. ``state`` is
-    "ok", a failure, or "kept": it was decided not to search, for the ``note``'s reason.
+    "ok", a failure, "kept" (it was decided not to search, for the ``note``'s reason), or "hint": not measured here, to
+    be tried first.
     """
 
     workload: Workload

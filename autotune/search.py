@@ -17,6 +17,8 @@ _PAIRS = 24
 """Random changes of two decisions that are looked at beside all changes of one."""
 _LEADERS = 3
 """Candidates whose neighbours are looked at."""
+_HINTED = 0.05
+"""What a hint promises: the decrease of the logarithm of the time that counts until it is tried."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Search:
     results: list[Result] = field(default_factory=list)
     tried: set[Candidate] = field(default_factory=set)
     knobs: dict[int, dict[str, Knob]] = field(default_factory=dict)
+    hints: list[Candidate] = field(default_factory=list)
     _ranked: list[tuple[float, Candidate]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -92,7 +95,22 @@ class Search:
         if not self._ranked:
             self._rank()
         self._ranked = [entry for entry in self._ranked if entry[1] not in self.tried]
-        return self._ranked[:count]
+        hinted = [(_HINTED, candidate) for candidate in self.hints if candidate not in self.tried]
+        return [*hinted, *self._ranked][:count]
+
+    def hint(self, wanted: Mapping[str, int]) -> None:
+        """Try first what is nearest to decisions that were good elsewhere."""
+
+        def away(layout: Mapping[str, int]) -> float:
+            return sum(abs(math.log2((layout[k] + 1) / (wanted[k] + 1))) for k in layout.keys() & wanted.keys())
+
+        number = min(range(len(self.task.variants)), key=lambda i: away(self.task.variants[i].layout))
+        near = {
+            name: min(knob.options, key=lambda option: away({name: option}))
+            for name, knob in self.knobs[number].items()
+            if name in wanted
+        }
+        self.hints.append(self._changed(Candidate(number, ()), near.items()))
 
     def learn(self, candidate: Candidate, ratio: float, knobs: Mapping[str, Knob] | None = None) -> None:
         """Take note of a result, and of decisions that this candidate led to."""

@@ -85,7 +85,7 @@ class Task:
 
 
 @dataclass
-class _Call:
+class Call:
     """How a kernel is called: how many arguments it gets, the arrays of those that are weights, and how often."""
 
     arguments: int
@@ -116,7 +116,7 @@ def extract(model: oir.Model, target: Target, without: Collection[str] = ()) -> 
         if given and not any(_answers(task, given) for task in tasks.values()):
             continue
         module, lowered = CpuBackend(target, without=without, tuning=_Forced(given)).fuse(model.clone())
-        calls = _calls_of(module, lowered)
+        calls = calls_of(module, lowered)
         for var, function in sorted(module.functions.items(), key=lambda item: str(item[0].name_hint)):
             name = str(var.name_hint)
             if isinstance(function, tirx.PrimFunc) and name in calls:
@@ -129,7 +129,7 @@ def _answers(task: Task, given: Mapping[str, int]) -> bool:
     return any(name in task.workload.layout and task.workload.layout[name] != value for name, value in given.items())
 
 
-def _add(tasks: dict[str, Task], name: str, function: Any, call: _Call, target: Target, *, first: bool) -> None:
+def _add(tasks: dict[str, Task], name: str, function: Any, call: Call, target: Target, *, first: bool) -> None:
     workload = workload_of(function)
     if not workload.fixed or not all(str(getattr(p.ty, "dtype", "")) in _DTYPES for p in function.params):
         return
@@ -157,9 +157,9 @@ def _add(tasks: dict[str, Task], name: str, function: Any, call: _Call, target: 
     tasks[workload.key] = Task([name], [variant], asked.operations if asked else 0, call.count)
 
 
-def _calls_of(module: Any, lowered: Any) -> dict[str, _Call]:
+def calls_of(module: Any, lowered: Any) -> dict[str, Call]:
     """Return how each kernel is called; its parameters beyond the arguments are outputs."""
-    found: dict[str, _Call] = {}
+    found: dict[str, Call] = {}
     for function in module.functions.values():
         if not isinstance(function, relax.Function):
             continue
@@ -178,7 +178,7 @@ def _calls_of(module: Any, lowered: Any) -> dict[str, _Call]:
                     weights[i] = argument.value.numpy()
                 elif argument in arrays:
                     weights[i] = arrays[argument]
-            found[name] = _Call(len(arguments), weights)
+            found[name] = Call(len(arguments), weights)
     return found
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from optc.autotune import data, log
+from optc.autotune.imported import product_of
 from optc.autotune.lookup import refusal
 from optc.autotune.machine import Machine
 from optc.autotune.model import CostModel
 from optc.autotune.pool import Pool, Process
-from optc.autotune.record import KEPT, OK, Record, paired, tvm_version
+from optc.autotune.record import HINT, KEPT, OK, Record, paired, tvm_version
 from optc.autotune.search import Candidate, Search, candidate_of
 from optc.autotune.tasks import Task
 from optc.backends.kernels import winograd
@@ -68,13 +69,14 @@ class Tuner:
     folder: Path
     budget: Budget
     progress: Callable[[Status], None] = lambda _: None
+    clock: Callable[[], float] = time.monotonic
     curve: list[tuple[float, int, float]] = field(default_factory=list)
     trials: int = 0
     failures: int = 0
     stopped: str = ""
 
     def __post_init__(self) -> None:
-        self.start = time.monotonic()
+        self.start = self.clock()
         self.skipped = [t for t in self.tasks if t.share < LEAST_SHARE]
         chosen = sorted((t for t in self.tasks if t.share >= LEAST_SHARE), key=lambda t: -t.share)
         self.model = CostModel({t.key: t.workload for t in self.tasks})
@@ -126,7 +128,7 @@ class Tuner:
         return 1.0 - sum(s.task.share * (1.0 - min(1.0, s.best.ratio)) for s in self.searches)
 
     def _spent(self) -> bool:
-        if self.budget.seconds is not None and time.monotonic() - self.start >= self.budget.seconds:
+        if self.budget.seconds is not None and self.clock() - self.start >= self.budget.seconds:
             self.stopped = "the time is used up"
         elif self.budget.trials is not None and self.trials >= self.budget.trials:
             self.stopped = "the trials are used up"
@@ -238,16 +240,26 @@ class Tuner:
     def _resume(self, records: Iterable[Record]) -> None:
         """Learn from what the log says about these tasks on this machine."""
         searches = {s.task.key: s for s in self.searches}
+        self._hint(records)
         for record in records:
             search = searches.get(record.workload.key)
-            if search is None or record.state == KEPT or refusal(record, self.machine) is not None:
+            if search is None or record.state in (KEPT, HINT) or refusal(record, self.machine) is not None:
                 continue
             candidate = candidate_of(search.task, record.decisions)
             if candidate is not None and candidate not in search.tried:
                 search.learn(candidate, record.ratio)
 
+    def _hint(self, records: Iterable[Record]) -> None:
+        """Tell the searches what was good for products of the same extents elsewhere."""
+        hints = [r for r in records if r.state == HINT and refusal(r, self.machine) is None]
+        for search in self.searches if hints else ():
+            key = product_of(search.task)
+            for record in hints:
+                if record.workload.key == key:
+                    search.hint(record.decisions)
+
     def _note(self, search: Search | None = None) -> None:
-        elapsed = time.monotonic() - self.start
+        elapsed = self.clock() - self.start
         self.curve.append((elapsed, self.trials, self.predicted))
         active = sum(1 for s in self.searches if s.task.key not in self.dead)
         name = search.task.names[0] if search else ""

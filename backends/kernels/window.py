@@ -21,7 +21,7 @@ from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops
-from optc.backends.kernels.decisions import decide
+from optc.backends.kernels.decisions import counts, decide
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, static, store
 
@@ -89,7 +89,8 @@ class _Generator:
         window = prod(self.window)
         bytes_each = (window // self.window[-1] * columns + window) * bits(self.dtype) // 8
         line = max(self.lanes, _LINE_BITS // bits(self.dtype))
-        return min(known, max(line, target.caches.l1 * 3 // 4 // bytes_each // line * line))
+        best = min(known, max(line, target.caches.l1 * 3 // 4 // bytes_each // line * line))
+        return decide("block", best, [known, *(n * line for n in counts(12) if n * line < known)])
 
     def _image(self) -> Any:
         """Return the load from the image: the one whose places move with the pixel and the window."""
@@ -240,7 +241,7 @@ class _Generator:
 
     def _vectors(self, pixels: int, body: Any) -> Any:
         """Return the loop over some vectors of channels at a time, so many that enough sums of ``pixels`` are open."""
-        group = max(1, _OPEN_SUMS // pixels)
+        group = max(1, decide("sums", _OPEN_SUMS, (1, 4, 6, 8, 12)) // pixels)
         known = static(self.block)
         while group > 1 and (known is None or known < group * self.lanes):
             group -= 1

@@ -29,6 +29,7 @@ def command() -> None:
       optc log merge a.jsonl b.jsonl -o all.jsonl
       optc log why tuning.jsonl model.onnx
       optc log export model.optc -o used.jsonl
+      optc log import work_dir --log tuning.jsonl
     """
 
 
@@ -128,6 +129,29 @@ def export(source: Path, output: Path | None) -> None:
         click.echo(data.decode(), nl=False)
     else:
         log.write(output, log.read_bytes(data).records)
+
+
+@command.command(name="import")
+@click.argument("folder", type=_PATH)
+@click.option("--log", "-l", required=True, type=_PATH, help="The tuning log to add to.")
+@click.option("--target", "-t", default="cpu", help="What will be tuned for.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of kernels (default: this machine's).")
+def import_(folder: Path, log: Path, target: str, threads: int | None) -> None:
+    """Take hints from the database of TVM's meta_schedule in FOLDER: tiles that `optc tune` tries first.
+
+    Its times are not relative to an untuned kernel of ours, so nothing of it decides a build.
+    """
+    from optc import driver
+    from optc.autotune import log as logs
+    from optc.autotune.imported import read
+    from optc.autotune.machine import machine_of
+    from optc.runtime.cpu import default_threads
+
+    found = read(folder, machine_of(driver.resolve_target(target), threads or default_threads()))
+    logs.append(log, found.records)
+    click.echo(f"{log}: {len(found.records)} hints")
+    for reason, count in sorted(found.skipped.items()):
+        click.echo(f"  {count} records gave none: {reason}")
 
 
 @command.command()
