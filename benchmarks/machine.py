@@ -88,13 +88,32 @@ def _measure(threads: int, repeat: int) -> Limits:
     peak = _compile(_multiply_adds(threads, lanes), target)
     flops = 2.0 * STEPS * CHAINS * lanes * threads
     fastest = _best(lambda: peak(seed, result), repeat)
-    array = tvm.runtime.tensor(np.ones(ARRAY, np.float32))
+    return Limits(threads, flops / fastest / 1e9, _reading(threads, ARRAY, repeat))
+
+
+def bandwidth(threads: int, floats: int, repeat: int = 99) -> float:
+    """Return the GB/s at which ``threads`` threads read the same ``floats`` numbers again and again."""
+    with ThreadPoolExecutor(1) as own:
+        return own.submit(_reading, threads, floats, repeat).result()
+
+
+def _reading(threads: int, floats: int, repeat: int) -> float:
+    configure_threads(threads)
+    target = resolve("cpu")
+    lanes = target.vector_bits // 32
+    array = tvm.runtime.tensor(np.ones(floats, np.float32))
     sums = tvm.runtime.tensor(np.zeros((threads, SUMS * lanes), np.float32))
-    total = _compile(_sum(threads, lanes), target)
-    reading = _best(lambda: total(array, sums), repeat)
-    if not np.isclose(sums.numpy().sum(), ARRAY):
+    total = _compile(_sum(threads, lanes, floats), target)
+    seconds = _best(lambda: total(array, sums), repeat)
+    if not np.isclose(sums.numpy().sum(), floats):
         raise RuntimeError("the bandwidth kernel did not read the whole array")
-    return Limits(threads, flops / fastest / 1e9, 4.0 * ARRAY / reading / 1e9)
+    return 4.0 * floats / seconds / 1e9
+
+
+def last_level_bytes() -> int:
+    """Return the size of the largest cache of the first core."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max(int(size[:-1]) * units[size[-1]] for size in _caches().values())
 
 
 def _best(run: Callable[[], object], repeat: int) -> float:
@@ -142,10 +161,10 @@ def _multiply_adds(threads: int, lanes: int) -> Any:
     return _kernel(lanes, threads, CHAINS * lanes, body)
 
 
-def _sum(threads: int, lanes: int) -> Any:
-    """Return the bandwidth kernel: each thread adds up its part of ARRAY floats in SUMS vectors."""
+def _sum(threads: int, lanes: int, floats: int) -> Any:
+    """Return the bandwidth kernel: each thread adds up its part of ``floats`` numbers in SUMS vectors."""
     block = SUMS * lanes
-    steps = ARRAY // threads // block
+    steps = floats // threads // block
 
     def body(thread: Any, source: Any, result: Any) -> Any:
         sums, allocate = scratch("sums", block, "float32")
@@ -164,7 +183,7 @@ def _sum(threads: int, lanes: int) -> Any:
         end = each(lambda at: store(result, thread * block + at, load(sums, at)))
         return sequence(allocate, start, loop("step", steps, step), end)
 
-    return _kernel(ARRAY, threads, block, body)
+    return _kernel(floats, threads, block, body)
 
 
 if __name__ == "__main__":

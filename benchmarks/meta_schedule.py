@@ -1,12 +1,15 @@
 """Our search beside TVM's meta_schedule on the same kernels, with the same wall-clock budget for each.
 
-    python benchmarks/meta_schedule.py [--seconds 120] [--only REGEX]
+    python benchmarks/meta_schedule.py search [--seconds 60] [--side ours|meta_schedule] [--only REGEX]
+    python benchmarks/meta_schedule.py compare [--only REGEX]                   time what they found, in turns
+    python benchmarks/meta_schedule.py report                                   print the table of docs/autotuning.md
 
-Both search alone on the machine, one after the other, with all cores for a kernel. What they found is then timed in one
-process, in turns. For meta_schedule the kernel is the plain definition, channels last with filters [h, w, in, out], all
-its own rules and cost model (`pip install xgboost-cpu`); for us it is the kernel as a model of that one node holds it,
-filters packed, the turning of images left out. Also told: after how many seconds our search was as fast as the best
-that meta_schedule ever found. Lines of JSON go to build/autotuning/meta_schedule.jsonl.
+Both search one after the other, with all cores for a kernel; time in which the process is stopped does not count. What
+they found is kept as libraries in build/autotuning/meta_schedule/, so that only the comparison, seconds a kernel, needs
+the machine for itself. For meta_schedule the kernel is the plain definition, channels last, filters [h, w, in, out],
+all its own rules and cost model (`pip install xgboost-cpu`); for us it is the kernel as a model of that one node holds
+it, filters packed, the turning of images left out. Also told: after how many seconds, the extraction of the task
+included, our search was as fast as the best that meta_schedule ever found.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import contextlib
 import json
 import re
 import tempfile
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +37,11 @@ from tvm.s_tir import meta_schedule
 from optc import driver
 from optc.autotune import log
 from optc.autotune.machine import machine_of
-from optc.autotune.place import Here
 from optc.autotune.pool import Pool, Settings
 from optc.autotune.record import OK
-from optc.autotune.tasks import Task, extract
+from optc.autotune.tasks import extract
 from optc.autotune.tuner import Budget, Tuner
+from optc.backends.cpu.single import aligned, compile_library
 from optc.backends.cpu.target import to_tvm
 from optc.backends.kernels.decisions import deciding
 from optc.backends.kernels.schedule import schedule_kernel
@@ -45,8 +50,9 @@ from optc.runtime.cpu import default_threads
 from optc.source import capture
 from optc.timing import alternate
 
-OUTPUT = Path(__file__).resolve().parent.parent / "build" / "autotuning" / "meta_schedule.jsonl"
+FOLDER = Path(__file__).resolve().parent.parent / "build" / "autotuning" / "meta_schedule"
 COMPARE_SECONDS = 6.0
+SIDES = ("ours", "meta_schedule")
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,25 @@ def _model(operator: str, x: list[int], w: list[int], y: list[int], **attributes
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
 
 
+class Clock(threading.Thread):
+    """Counts the seconds that this process ran for: not those in which something stopped it, and its children."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seconds = 0.0
+        self.start()
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def run(self) -> None:
+        last = time.monotonic()
+        while True:
+            time.sleep(0.05)
+            now = time.monotonic()
+            self.seconds, last = self.seconds + min(now - last, 0.5), now
+
+
 class _TimeIsUpError(Exception):
     pass
 
@@ -170,14 +195,14 @@ class _TimeIsUpError(Exception):
 class _Watch(meta_schedule.measure_callback.PyMeasureCallback):
     """Notes when meta_schedule found what, and ends it when its time is up."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, clock: Clock) -> None:
         super().__init__()
-        self.start, self.seconds = time.monotonic(), seconds
+        self.clock, self.start, self.seconds = clock, clock(), seconds
         self.curve: list[tuple[float, float]] = []
         self.trials = 0
 
     def apply(self, scheduler: Any, task: int, candidates: Any, builds: Any, runs: Any) -> None:
-        elapsed = time.monotonic() - self.start
+        elapsed = self.clock() - self.start
         self.trials += len(runs)
         for run in runs:
             if run.run_secs:
@@ -186,9 +211,15 @@ class _Watch(meta_schedule.measure_callback.PyMeasureCallback):
             raise _TimeIsUpError
 
 
-def theirs(case: Gemm | Conv, target: Any, seconds: float) -> tuple[Any, _Watch]:
-    """Return the kernel that meta_schedule finds within ``seconds``, None for none, and what it did."""
-    function, watch = case.plain(), _Watch(seconds)
+def slug(case: Gemm | Conv) -> str:
+    """Return the case's name as that of files."""
+    return re.sub(r"[^a-z0-9]+", "-", case.name)
+
+
+def theirs(case: Gemm | Conv, target: Any, seconds: float, clock: Clock, library: Path) -> _Watch:
+    """Write the kernel that meta_schedule finds within ``seconds``, none for none, and return what it did."""
+    function, watch = case.plain(), _Watch(seconds, clock)
+    library.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(Exception):  # the watch ends it; TVM wraps what it raises
             meta_schedule.tir_integration.tune_tir(
@@ -201,77 +232,137 @@ def theirs(case: Gemm | Conv, target: Any, seconds: float) -> tuple[Any, _Watch]
             )
         database = meta_schedule.database.JSONDatabase(work_dir=folder)
         schedule = meta_schedule.tir_integration.compile_tir(database, function, target)
-        return None if schedule is None else tvm.compile(schedule.mod, target=target)["main"], watch
+        if schedule is not None:
+            tvm.compile(schedule.mod, target=target).export_library(str(library))
+    return watch
 
 
-def ours(case: Gemm | Conv, seconds: float) -> tuple[Task, dict[str, int], int, list[tuple[float, float]], int]:
-    """Return the task, the variant and decisions of the best candidate, and (elapsed, ratio to untuned) over time."""
+def ours(case: Gemm | Conv, seconds: float, clock: Clock, folder: Path) -> dict[str, Any]:
+    """Write the untuned kernel and the best that our search finds; return (elapsed, ratio to untuned) over time."""
     target = driver.resolve_target("cpu")
-    start = time.monotonic()
+    start = clock()
     model = capture(case.onnx())
     pipeline.run(model)
     task = max(extract(model, target), key=lambda t: t.operations)
     task.share = 1.0
     machine = machine_of(target, default_threads())
-    with tempfile.TemporaryDirectory() as folder, Pool(Settings("cpu", default_threads()), default_threads()) as pool:
-        path = Path(folder) / "log.jsonl"
-        tuner = Tuner([task], machine, pool, path, Path(folder), Budget(seconds - (time.monotonic() - start)))
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        Pool(Settings("cpu", default_threads()), default_threads()) as pool,
+    ):
+        path = Path(temporary) / "log.jsonl"
+        tuner = Tuner([task], machine, pool, path, Path(temporary), Budget(seconds - (clock() - start)))
+        tuner.clock, tuner.start = clock, clock()
         tuner.run()
         best = tuner.searches[0].best
         offset = tuner.start - start
         curve = [(elapsed + offset, predicted) for elapsed, _, predicted in tuner.curve]
         assert all(r.state == OK for r in log.read(path).records if r.seconds)
-    return task, best.candidate.given, best.candidate.variant, curve, tuner.trials
+    arguments = {}
+    variants = {"untuned": (0, {}), "tuned": (best.candidate.variant, best.candidate.given)}
+    for name, (number, given) in variants.items():
+        function = task.variants[number].function
+        with deciding(given):
+            scheduled, _, _ = schedule_kernel(function, target)
+        (folder / f"{name}.so").write_bytes(compile_library(scheduled, target))
+        arguments[name] = _arguments(function)
+    return {"arguments": arguments, "curve": curve, "trials": tuner.trials, "decisions": best.candidate.given}
 
 
-def compare(case: Gemm | Conv, seconds: float) -> dict[str, Any]:
-    """Search with both, then time what they found, and our untuned kernel, in turns."""
-    target = driver.resolve_target("cpu")
-    tvm_target = tvm.target.Target({**to_tvm(target).export(), "num-cores": default_threads()})
-    kernel, watch = theirs(case, tvm_target, seconds)
-    task, decisions, number, curve, trials = ours(case, seconds)
-    place = Here(target)
+def _arguments(function: Any) -> list[tuple[list[int], str]]:
+    return [([int(d) for d in p.ty.shape], str(p.ty.dtype)) for p in function.params]
+
+
+def search(case: Gemm | Conv, seconds: float, side: str) -> None:
+    """Search with one of both and keep what it found."""
+    folder, clock = FOLDER / slug(case), Clock()
+    folder.mkdir(parents=True, exist_ok=True)
+    if side == "ours":
+        found = ours(case, seconds, clock, folder)
+    else:
+        target = tvm.target.Target({**to_tvm(driver.resolve_target("cpu")).export(), "num-cores": default_threads()})
+        watch = theirs(case, target, seconds, clock, folder / "meta_schedule.so")
+        arguments = {"meta_schedule": _arguments(case.plain())}
+        found = {"arguments": arguments, "curve": watch.curve, "trials": watch.trials}
+    (folder / f"{side}.json").write_text(json.dumps(found | {"seconds": seconds}))
+
+
+def compare(case: Gemm | Conv) -> dict[str, Any]:
+    """Time what both found, and our untuned kernel, in turns."""
+    folder = FOLDER / slug(case)
+    found, other = (json.loads((folder / f"{side}.json").read_text()) for side in SIDES)
+    arguments = found["arguments"] | other["arguments"]
     generator = np.random.default_rng(0)
 
-    def call(function: Any, prim_func: Any) -> Any:
-        shapes = [([int(d) for d in p.ty.shape], str(p.ty.dtype)) for p in prim_func.params]
-        tensors = [place.tensor(generator.standard_normal(shape).astype(dtype)) for shape, dtype in shapes]
+    def call(name: str) -> Any:
+        function = tvm.runtime.load_module(str(folder / f"{name}.so"))["main"]
+        shapes = arguments[name]
+        tensors = [aligned(generator.standard_normal(shape).astype(dtype)) for shape, dtype in shapes]
         return lambda: function(*tensors)
 
-    def scheduled(variant: Any, given: dict[str, int]) -> Any:
-        with deciding(given):
-            return call(place.build(schedule_kernel(variant.function, target)[0]), variant.function)
-
-    runs = {"untuned": scheduled(task.variants[0], {}), "tuned": scheduled(task.variants[number], decisions)}
-    if kernel is not None:
-        runs["meta_schedule"] = call(kernel, case.plain())
-    times = {t.name: t.median for t in alternate(runs, seconds=COMPARE_SECONDS)}
-    row = {"kernel": case.name, "seconds": seconds, "trials": {"ours": trials, "meta_schedule": watch.trials}, **times}
-    if kernel is not None:
-        reached = [e for e, ratio in curve if ratio * times["untuned"] <= times["meta_schedule"]]
-        best = min(s for _, s in watch.curve)
-        found = next(e for e, s in watch.curve if s <= 1.01 * best)
+    names = [name for name in arguments if (folder / f"{name}.so").is_file()]
+    times = {t.name: t.median for t in alternate({name: call(name) for name in names}, seconds=COMPARE_SECONDS)}
+    row = {
+        "kernel": case.name,
+        "seconds": found["seconds"],
+        "decisions": found["decisions"],
+        "trials": {"ours": found["trials"], "meta_schedule": other["trials"]},
+        "ms": times,
+        "gflops": {name: case.operations / ms / 1e6 for name, ms in times.items()},
+    }
+    if "meta_schedule" in times:
+        reached = [e for e, ratio in found["curve"] if ratio * times["untuned"] <= times["meta_schedule"]]
+        best = min(s for _, s in other["curve"])
         row |= {
             "ratio": times["meta_schedule"] / times["tuned"],
-            "meta_schedule_found_after": found,
+            "meta_schedule_found_after": next(e for e, s in other["curve"] if s <= 1.01 * best),
             "ours_as_fast_after": reached[0] if reached else None,
-            "gflops": {name: case.operations / ms / 1e6 for name, ms in times.items()},
         }
+    (folder / "compare.json").write_text(json.dumps(row))
     return row
+
+
+def table(cases: Iterable[Gemm | Conv]) -> str:
+    """Return the table of what was compared."""
+    lines = [
+        "| kernel | trials: meta_schedule, ours | GFLOP/s: meta_schedule | untuned | tuned | ratio "
+        "| meta_schedule's best after | ours as fast after |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        if not (FOLDER / slug(case) / "compare.json").is_file():
+            continue
+        row = json.loads((FOLDER / slug(case) / "compare.json").read_text())
+        speed, trials = row["gflops"], row["trials"]
+        cells = [row["kernel"], f"{trials['meta_schedule']}, {trials['ours']}"]
+        cells += [
+            f"{speed[name]:.0f}" if name in speed else "nothing" for name in ("meta_schedule", "untuned", "tuned")
+        ]
+        cells += [f"{row[key]:.{digits}f}{unit}" if row.get(key) else "-" for key, digits, unit in _TOLD]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_TOLD = (("ratio", 2, ""), ("meta_schedule_found_after", 0, " s"), ("ours_as_fast_after", 1, " s"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120.0, help="for each search")
+    parser.add_argument("part", choices=["search", "compare", "report"])
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each search")
+    parser.add_argument("--side", choices=SIDES, help="search with one of both")
     parser.add_argument("--only", default="", help="a regular expression for names")
     options = parser.parse_args()
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    for case in CASES:
-        if re.search(options.only, case.name):
-            row = compare(case, options.seconds)
-            print(json.dumps(row), flush=True)
-            with OUTPUT.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    chosen = [case for case in CASES if re.search(options.only, case.name)]
+    if options.part == "report":
+        print(table(chosen))
+        return
+    for case in chosen:
+        if options.part == "search":
+            for side in [options.side] if options.side else SIDES:
+                search(case, options.seconds, side)
+        else:
+            print(json.dumps(compare(case)), flush=True)
 
 
 if __name__ == "__main__":
