@@ -62,6 +62,7 @@ def canonicalize(model: oir.Model) -> None:
     if _needs_types(model, target):
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     upgrade(model, target, values, nodes)
+    contrib.settle(model, values, nodes)
     _drop_unused_outputs(model, target)
     for node in model.graph.all_nodes():
         if node.domain in model.opset_imports:

@@ -142,9 +142,14 @@ class Edit:
         self.graph.insert_before(self.node, node)
         return node.outputs
 
-    def replace(self, *values: oir.Value) -> None:
-        """Let ``values``, which this adapter made, take over the outputs of the node, and remove the node."""
+    def replace(self, *values: oir.Value | None) -> None:
+        """Let ``values``, which this adapter made, take over the outputs of the node, and remove the node.
+
+        None stands for an output that nobody reads.
+        """
         for old, new in zip(self.node.outputs, values, strict=True):
+            if new is None:
+                continue
             new.shape, new.type = old.shape, old.type
             new.name, old.name = old.name, new.name
             oir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

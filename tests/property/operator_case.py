@@ -43,7 +43,7 @@ class Case:
     unit of the largest magnitude in it (``scale`` where sums cancel; ``relative``: of its own magnitude). ``single``
     makes those units of float32 for float64: the standard computes so, or the reference. Integers and booleans must be
     equal unless ``off_by`` says how far they may be off. With ``wide``, the reference computes in float64;
-    ``reference`` replaces onnx's evaluator.
+    ``reference`` replaces onnx's evaluator, which knows no ``domain`` but ONNX's.
     """
 
     op: str
@@ -60,11 +60,13 @@ class Case:
     wide: bool = True
     reference: Callable[[Case], list[np.ndarray]] | None = None
     opset: int = OPSET
+    domain: str = ""
 
     def node(self, prefix: str = "") -> onnx.NodeProto:
         inputs = [f"{prefix}i{k}" if a is not None else "" for k, a in enumerate(self.arrays)]
         outputs = [f"{prefix}o{k}" if kind else "" for k, kind in enumerate(self.outputs)]
-        return helper.make_node(self.op, inputs, outputs, name=f"{prefix}{self.op}", **self.attributes)
+        name = f"{prefix}{self.op}"
+        return helper.make_node(self.op, inputs, outputs, name=name, domain=self.domain, **self.attributes)
 
     def feeds(self, prefix: str = "") -> dict[str, np.ndarray]:
         return {f"{prefix}i{k}": a for k, a in enumerate(self.arrays) if a is not None and k not in self.constants}
@@ -112,7 +114,9 @@ def model_of(cases: Sequence[Case]) -> onnx.ModelProto:
                 outputs.append(helper.make_tensor_value_info(f"{prefix}o{k}", code, None))
     graph = helper.make_graph(nodes, "cases", inputs, outputs, constants)
     opset = max(case.opset for case in cases)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    imports = [helper.make_opsetid("", opset)]
+    imports += [helper.make_opsetid(domain, 1) for domain in {case.domain for case in cases} - {""}]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 
 def evaluate(case: Case, *, wide: bool) -> list[np.ndarray]:

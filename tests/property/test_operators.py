@@ -9,6 +9,8 @@ import os
 from itertools import groupby
 
 import operators_attention
+import operators_contrib
+import operators_contrib_attention
 import operators_elementwise
 import operators_network
 import operators_quantized
@@ -24,6 +26,8 @@ FAMILIES = {
     "network": operators_network.FAMILIES,
     "quantized": operators_quantized.FAMILIES,
     "vision": operators_vision.FAMILIES,
+    "contrib": operators_contrib.FAMILIES,
+    "contrib attention": operators_contrib_attention.FAMILIES,
 }
 SEEDS = range(1, 1 + int(os.environ.get("OPTC_CASES", "1")))
 
