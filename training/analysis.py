@@ -70,7 +70,7 @@ def analyse(
     interpreter = _Fake(program.root, mode, device)
     with mode, torch.enable_grad(), autocast(device, dtype):
         interpreter.run(*(mode.from_tensor(tensor.detach()).to(device) for tensor in program.examples))
-    return interpreter.facts
+        return interpreter.settled()
 
 
 class _Random(TorchDispatchMode):
@@ -93,6 +93,10 @@ class _Fake(fx.Interpreter):
         self._mode, self._device = mode, device
         self._weights: dict[int, Any] = {}
         self._storages: dict[StorageWeakRef, int] = {}
+
+    def settled(self) -> dict[fx.Node, Facts]:
+        """The facts after the last write: ``y = zeros(…)`` comes to want gradients by ``y[0] = layer(x)``."""
+        return {node: self._facts_of(self.env[node], facts.flops) for node, facts in self.facts.items()}
 
     def fetch_attr(self, target: str) -> Any:
         found = super().fetch_attr(target)
@@ -121,19 +125,22 @@ class _Fake(fx.Interpreter):
                 f"{source_line(n)}: the autograd function {n.args[2]} draws random numbers ({random.met[0]})",
                 hint="draw them outside and give them to it",
             )
-        leaves = tuple(self._value(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
-        value = leaves[0] if isinstance(result, torch.Tensor) else None
-        self.facts[n] = Facts(value, leaves, counter.get_total_flops() if counted else 0)
+        self.facts[n] = self._facts_of(result, counter.get_total_flops() if counted else 0)
         return result
+
+    def _facts_of(self, result: Any, flops: int) -> Facts:
+        leaves = tuple(self._value(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return Facts(leaves[0] if isinstance(result, torch.Tensor) else None, leaves, flops)
 
     def _arguments(self, n: fx.Node) -> list[tuple[fx.Node, torch.Tensor]]:
         return [(node, self.env[node]) for node in n.all_input_nodes if isinstance(self.env[node], torch.Tensor)]
 
     def _refuse_unknown_writes(self, n: fx.Node, before: list[tuple[fx.Node, int]]) -> None:
         """Whether memory may be cut apart depends on ``written``."""
-        known = written(n)
+        # Tensors of one memory count its writes together.
+        known = {leaf.storage for argument in written(n) for leaf in self.facts[argument].leaves}
         for argument, version in before:
-            if self.env[argument]._version != version and argument not in known:
+            if self.env[argument]._version != version and self._value(self.env[argument]).storage not in known:
                 raise UnsupportedModelError(
                     f"{source_line(n)}: {n.name} writes to its argument {argument.name} without saying so",
                     hint="let it return a new tensor",

@@ -103,6 +103,7 @@ def capture(module: torch.nn.Module, example_inputs: Any) -> Program:
     assert out_spec is not None
     _clean(root)
     inline_no_grad(root)
+    _refuse_transforms(root)
     _refuse_dynamic(root)
     return Program(root, examples, out_spec, canonical_names(module))
 
@@ -119,6 +120,17 @@ def _clean(root: fx.GraphModule) -> None:
     # The output is flattened by the graph itself; what follows works on plain nodes.
     root.graph.set_codegen(fx.graph.CodeGen())
     root.recompile()
+
+
+def _refuse_transforms(root: fx.GraphModule) -> None:
+    """``torch.vmap`` and its kin are recorded as nodes that switch modes of torch: no node of them runs alone."""
+    found = [n for n in root.graph.nodes if getattr(n.target, "__module__", "") == "torch._functorch.predispatch"]
+    if found:
+        lines = ", ".join(sorted({source_line(node) for node in found})[:5])
+        raise UnsupportedModelError(
+            f"transformations of torch.func, such as vmap, cannot be split into stages: {lines}",
+            hint="write the batch dimension out, as in torch.einsum or with unsqueeze",
+        )
 
 
 def _refuse_dynamic(root: fx.GraphModule) -> None:

@@ -85,7 +85,10 @@ def read(source: Cluster | Mapping[str, Any] | str | os.PathLike[str]) -> Cluste
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
-    return _parse(content.get("cluster", content), str(path))
+    table = content.get("cluster", content)
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{path}: cluster must be a table, not {table!r}")
+    return _parse(table, str(path))
 
 
 def _parse(content: Mapping[str, Any], where: str) -> Cluster:
@@ -127,7 +130,7 @@ def _implied_devices(values: Mapping[str, Any]) -> int:
 
 def _each(value: Any, devices: int, where: str) -> tuple[float, ...]:
     listed = list(value) if isinstance(value, list | tuple) else [value] * devices
-    if len(listed) != devices:
+    if not listed or len(listed) != devices:
         raise UsageError(f"{where} lists {len(listed)} devices of {devices}")
     return tuple(number for item in listed if (number := _number(item, where)) is not None)
 
@@ -137,10 +140,11 @@ def _number(value: Any, where: str, *, zero: bool = False) -> float | None:
     if value is None:
         return None
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*([kmgt]?i?)b?(?:/s)?\s*", value, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?)\s*([kmgt]?i?)b?(?:/s)?\s*", value, re.IGNORECASE)
         if match is None or match.group(2).lower() not in _UNITS:
             raise UsageError(f"{where}: {value!r} is no size", hint='write a number of bytes or, say, "16 GiB"')
         value = float(match.group(1)) * _UNITS[match.group(2).lower()]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or (value == 0 and not zero):
+    # Written so that nan fails, too.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 or (zero and value == 0)):
         raise UsageError(f"{where} must be a positive number, not {value!r}")
     return float(value)

@@ -237,6 +237,11 @@ def _seconds(communicate: Callable[[torch.Tensor], Any], block: torch.Tensor, re
     return statistics.median(rounds[2:])
 
 
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as others have to receive it: contiguous, and conjugated or negated in memory, not by a mark."""
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
 def gather_tensors(mine: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
     """All ranks' tensors on the CPU of rank 0, the lowest rank's of equal names; empty on other ranks. Collective."""
     if world.size == 1:
@@ -253,7 +258,7 @@ def gather_tensors(mine: dict[str, torch.Tensor], world: World) -> dict[str, tor
             if world.rank == source == 0:
                 found[name] = mine[name].detach().cpu().clone()
             elif world.rank == source:
-                dist.send(mine[name].detach().to(world.device).contiguous(), dst=0)
+                dist.send(in_memory(mine[name].detach().to(world.device)), dst=0)
             elif world.rank == 0:
                 received = torch.empty(shape, dtype=dtype, device=world.device)
                 dist.recv(received, src=source)

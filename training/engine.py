@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+from optc.errors import TrainingError
 from optc.training.backward import input_gradients, weight_gradients
 from optc.training.distributed import World
 from optc.training.randomness import Clock
@@ -38,6 +39,7 @@ class _RelayStage(PipelineStage):
             output_args=stage.outputs,
             group=world.pp_group,
         )
+        self._planned = stage.outputs
 
     def attach(self, clock: Clock, first_microbatch: int, watch: Watch) -> None:
         self._clock, self._first, self._watch = clock, first_microbatch, watch
@@ -46,10 +48,19 @@ class _RelayStage(PipelineStage):
         self._clock.microbatch = self._first + fwd_chunk_id
         with self._watch.doing(f"forward of stage {self.stage_index}, microbatch {fwd_chunk_id}"):
             output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        if self.is_last:
+        if not self.is_last:
+            self._refuse_lost_gradients(output)
+        else:
             # torch would detach the outputs in place, which gradients of weights may still need; the loss holds them.
             self.fwd_cache[fwd_chunk_id] = ((), self.fwd_cache[fwd_chunk_id][1])
         return output
+
+    def _refuse_lost_gradients(self, output: Any) -> None:
+        """A tensor that was taken for one without a gradient would train what comes before it wrongly."""
+        found = output if isinstance(output, tuple) else (output,)
+        for number, (tensor, planned) in enumerate(zip(found, self._planned, strict=True)):
+            if tensor.requires_grad and not planned.requires_grad:
+                raise TrainingError(f"stage {self.stage_index} hands on tensor {number} without its gradient")
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self._watch.doing(f"backward of stage {self.stage_index}, microbatch {bwd_chunk_id}"):

@@ -40,6 +40,7 @@ def export(module: torch.nn.Module, examples: tuple[torch.Tensor, ...]) -> Expor
     Raises UnsupportedModelError for what a graph cannot say; else whatever torch.export raises.
     """
     _refuse_names(module)
+    _refuse_uninitialized(module)
     _refuse_hooks(module)
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -106,6 +107,14 @@ class _NoHooks(TorchFunctionMode):
                 hint="write it as an autograd.Function, or as part of the loss",
             )
         return func(*args, **(kwargs or {}))
+
+
+def _refuse_uninitialized(module: torch.nn.Module) -> None:
+    lazy = [name for name, weight in module.named_parameters() if torch.nn.parameter.is_lazy(weight)]
+    if lazy:
+        raise UnsupportedModelError(
+            f"{len(lazy)} weights have no shape yet: {', '.join(lazy[:5])}", hint="call the module once before"
+        )
 
 
 def _refuse_hooks(module: torch.nn.Module) -> None:

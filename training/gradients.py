@@ -91,7 +91,9 @@ def global_norm(owned: Iterable[Owned], world: World, *, sharded: bool) -> float
     squares = torch.zeros((), dtype=torch.float64, device=world.device)
     for item in owned:
         if item.counts and item.parameter.grad is not None:
-            squares += local(item.parameter.grad).double().square().sum()
+            gradient = local(item.parameter.grad)
+            parts = (gradient.real, gradient.imag) if gradient.is_complex() else (gradient,)
+            squares += sum(part.double().square().sum() for part in parts)
     if world.pp_group is not None:
         dist.all_reduce(squares, group=world.pp_group)
     if sharded and world.dp_group is not None:

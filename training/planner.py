@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from optc.errors import PartitionError, UsageError
 from optc.passes.partition.chain import Chain, Device, segments
 from optc.passes.partition.coarsen import coarsen
@@ -205,16 +207,14 @@ def _fit(
 ) -> tuple[Split, tuple[float, ...]]:
     """Split so that every rank's stages fit into its memory together; PartitionError if they do not.
 
-    A rank with one stage is exact. Several stages of a rank share its memory: it is first given to each of them, then
-    in shrinking parts until their sum fits.
+    What is best without caps is best under them if it fits, and much faster to find. Else, a rank with one stage is
+    exact. Several stages of a rank share its memory: it is first given to each of them, then in shrinking parts until
+    their sum fits.
     """
     live = in_flight(ranks, len(devices))
-    bounded = any(math.isfinite(device.memory) for device in devices)
-    several = len(devices) > pp
-    for attempt in range(_ATTEMPTS if bounded and several else 1):
-        share = 1.0 - attempt / (2 * (_ATTEMPTS - 1)) if several else 1.0
-        shared = [Device(device.speed, device.memory * share) for device in devices]
-        key = (tuple(shared), *((tuple(live), memory) if bounded else ()))
+    for share in [math.inf, *(np.linspace(1.0, 0.5, _ATTEMPTS) if len(devices) > pp else [1.0])]:
+        shared = tuple(Device(device.speed, device.memory * share) for device in devices)
+        key = (shared, *((tuple(live), memory) if share < math.inf else ()))
         if key not in splits:
             splits[key] = split(chain, shared, cluster.link, in_flight=live, memory=memory)
         found = splits[key]

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from optc.passes.partition.chain import segments
 from optc.training.analysis import Facts, autocast, is_random, written
 from optc.training.capture import placed
+from optc.training.distributed import in_memory
 from optc.training.linearize import Layout
 from optc.training.randomness import Clock, Seeded
 
@@ -31,7 +32,7 @@ class _Boundary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0].contiguous()
+        return in_memory(gradients[0])
 
 
 def _enter(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -56,11 +57,17 @@ class Chain:
 
     def bytes_of_weights(self, start: int, stop: int, state: float) -> float:
         """Bytes of the distinct weights read by units ``start`` to ``stop``, trainable ones times ``state``."""
-        return sum(
-            weight.size * (state if weight.trainable else 1.0)
-            for weight in self.weights
-            if any(start <= user < stop for user in weight.users)
-        )
+        readers, read, sizes, trainable = self._reads
+        there = np.unique(read[np.searchsorted(readers, start) : np.searchsorted(readers, stop)])
+        return float((sizes[there] * np.where(trainable[there], state, 1.0)).sum())
+
+    @cached_property
+    def _reads(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Floats, npt.NDArray[np.bool_]]:
+        """Units that read weights in increasing order, the numbers of those weights; sizes and kinds of all weights."""
+        pairs = sorted((user, number) for number, weight in enumerate(self.weights) for user in weight.users)
+        table = np.array(pairs, np.int64).reshape(-1, 2)
+        sizes = np.array([weight.size for weight in self.weights], np.float64)
+        return table[:, 0], table[:, 1], sizes, np.array([weight.trainable for weight in self.weights], np.bool_)
 
 
 @dataclass(frozen=True)

@@ -107,43 +107,50 @@ class _Table:
         return float(max(times)) * (1 + 1e-9)  # rounding must not exclude the split it came from
 
     def solve(self, devices: Sequence[Device], in_flight: Sequence[int], bound: float) -> tuple[int, ...] | None:
-        """The best cuts whose slowest stage takes at most ``bound``; None if there are none."""
-        count = len(self.positions)
-        best = np.full(count, np.inf)
-        best[0] = 0.0
-        choices = []
-        for device, live in zip(devices, in_flight, strict=True):
-            capped = np.isfinite(device.memory)
-            tracker = _DistinctWeights(self.chain, self.positions, self.memory.state) if capped else None
-            reached = np.full(count, np.inf)
-            choice = np.zeros(count, np.int64)
-            lows = np.searchsorted(self.compute, self.compute - bound * device.speed, "left")
-            for j in range(1, count):
-                if tracker is not None:
-                    tracker.advance(j)
-                low = int(lows[j])
-                if low >= j:
-                    continue  # a single unit slower than the bound
-                window = slice(low, j)
-                time = (self.compute[j] - self.compute[window]) / device.speed
-                time = time + self.crossing[window] + self.crossing[j]
-                value = np.maximum(best[window], time)
-                if tracker is not None:
-                    value[self._bytes(window, j, live, tracker) > device.memory] = np.inf
-                index = int(value.argmin())
-                if value[index] <= bound:
-                    reached[j], choice[j] = value[index], low + index
-            best = reached
-            choices.append(choice)
-        if not np.isfinite(best[-1]):
+        """The best cuts whose slowest stage takes at most ``bound``; None if there are none.
+
+        All stages advance together: row s is the s-th stage, and what it builds on lies to the left.
+        """
+        count, stages = len(self.positions), np.arange(len(devices))
+        speed, live, cap = (
+            _rows(values) for values in ([d.speed for d in devices], in_flight, [d.memory for d in devices])
+        )
+        capped = bool(np.isfinite(cap).any())
+        tracker = _DistinctWeights(self.chain, self.positions, self.memory.state)
+        best = np.full((len(devices) + 1, count), np.inf)
+        best[0, 0] = 0.0
+        choices = np.zeros((len(devices), count), np.int64)
+        lows = np.searchsorted(self.compute, self.compute - bound * speed.max(), "left")
+        for j in range(1, count):
+            low = int(lows[j])
+            if capped:
+                tracker.advance(j)
+                low = self._first_that_fits(low, j, 1.0 if self.memory.recompute else live.min(), cap.max(), tracker)
+            if low >= j:
+                continue  # a single unit slower than the bound, or larger than any device
+            window = slice(low, j)
+            time = (self.compute[j] - self.compute[window]) / speed + (self.crossing[window] + self.crossing[j])
+            value = np.maximum(best[:-1, window], time)
+            if capped:
+                value = np.where(self._bytes(window, j, live, tracker) > cap, np.inf, value)
+            index = value.argmin(axis=1)
+            reached = value[stages, index]
+            best[1:, j] = np.where(reached <= bound, reached, np.inf)
+            choices[:, j] = low + index
+        if not np.isfinite(best[-1, -1]):
             return None
         cuts, j = [], count - 1
-        for choice in reversed(choices[1:]):
-            j = int(choice[j])
+        for stage in reversed(stages[1:]):
+            j = int(choices[stage, j])
             cuts.append(int(self.positions[j]))
         return tuple(reversed(cuts))
 
-    def _bytes(self, window: slice, j: int, live: int, weights: _DistinctWeights) -> Floats:
+    def _first_that_fits(self, low: int, j: int, live: float, cap: float, weights: _DistinctWeights) -> int:
+        """The first start from ``low`` on whose weights and activations fit, buffers aside: fewer units need less."""
+        need = weights.bytes[low:j] + live * (self.saved[j] - self.saved[low:j])
+        return low + int(np.searchsorted(-need, -cap, "left"))
+
+    def _bytes(self, window: slice, j: int, live: Floats, weights: _DistinctWeights) -> Floats:
         saved = self.saved[j] - self.saved[window]
         kept = saved if self.memory.recompute else live * saved
         buffers = self.memory.microbatches * (self.sent[window] + self.returned[j])
@@ -151,11 +158,17 @@ class _Table:
         return total
 
 
+def _rows(values: Sequence[float]) -> Floats:
+    """A column with a row for each stage; a single row if all are the same."""
+    column = np.array(values, np.float64)[:, None]
+    return column[:1] if (column == column[0]).all() else column
+
+
 class _DistinctWeights:
     """Bytes of distinct weights between every start and one stop that only advances."""
 
     def __init__(self, chain: Chain, positions: np.ndarray, state: float) -> None:
-        self.bytes = np.zeros(len(positions))
+        self.bytes: Floats = np.zeros(len(positions))
         self._added: list[list[tuple[int, int, float]]] = [[] for _ in positions]
         for weight in chain.weights:
             size = weight.size * (state if weight.trainable else 1.0)

@@ -40,6 +40,21 @@ def test_sizes_that_depend_on_data_name_the_line():
         capture(Sizes(), torch.randn(4))
 
 
+class Mapped(torch.nn.Linear):
+    def forward(self, x):
+        return torch.vmap(super().forward)(x)
+
+
+def test_transformations_of_functions_name_the_line():
+    with pytest.raises(UnsupportedModelError, match=r"torch.func, such as vmap.*test_capture.py:\d+"):
+        capture(Mapped(4, 4), torch.randn(2, 4))
+
+
+def test_weights_without_a_shape_are_refused():
+    with pytest.raises(UnsupportedModelError, match="2 weights have no shape yet: weight, bias"):
+        capture(torch.nn.LazyLinear(4), torch.randn(2, 4))
+
+
 def test_inputs_must_be_tensors():
     with pytest.raises(UsageError, match="input 1 is a str"):
         capture(MLP(), (torch.randn(2, 16), "x"))

@@ -46,6 +46,9 @@ def test_a_cluster_of_a_file(tmp_path):
         ({"devices": 0}, "devices must be a positive integer"),
         ({"devices": 2, "memory": [1, 2, 3]}, "lists 3 devices of 2"),
         ({"devices": 2, "memory": "much"}, "is no size"),
+        ({"devices": 2, "memory": "1.2.3 GiB"}, "is no size"),
+        ({"devices": 2, "speeds": [1, float("nan")]}, "must be a positive number"),
+        ({"speeds": []}, "lists 0 devices"),
         ({"devices": 2, "bandwidth": 0}, "must be a positive number"),
         ({"devices": 2, "schedule": "fastest"}, "there is no schedule"),
         ({"devices": 2, "data_parallel": "zero"}, "data_parallel must be one of"),
@@ -63,6 +66,9 @@ def test_files_of_clusters_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.toml").write_text("devices = ")
     with pytest.raises(UsageError, match="not valid TOML"):
         clusters.read(tmp_path / "bad.toml")
+    (tmp_path / "number.toml").write_text("cluster = 3")
+    with pytest.raises(UsageError, match="cluster must be a table, not 3"):
+        clusters.read(tmp_path / "number.toml")
 
 
 def test_what_is_fixed_is_kept_and_the_rest_chosen(gpt, costs):

@@ -116,6 +116,36 @@ def test_memory_is_not_cut_from_what_is_written_to_it():
                 torch.testing.assert_close(gradient, expected[key])
 
 
+class Filled(nn.Module):
+    """Memory that wants gradients only by what is written to it, and a counter that is replaced by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        for layer in self.layers:
+            y = torch.zeros_like(x)
+            y[:, ::2] = layer(x)[:, ::2]
+            x = x + F.gelu(y)
+        self.seen += 1
+        return x
+
+
+def test_memory_wants_gradients_for_what_was_written_to_it():
+    torch.manual_seed(0)
+    module, x = Filled(), torch.randn(2, 8)
+    layout = layout_of(module, x)
+    _, expected = reference(module, (x,))
+    legal = [cut for cut in range(1, len(layout.units)) if layout.legal[cut]]
+    assert any(layout.crossing(cut)[-1].name.startswith("zeros_like") for cut in legal)
+    for cut in legal:
+        found = run(layout, [cut])[1]
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[key], gradient)
+
+
 class Counter(nn.Module):
     """A buffer that one layer writes to and a later one reads."""
 

@@ -92,6 +92,15 @@ def test_clipping_scales_all_gradients():
     torch.testing.assert_close(found, whole * 0.01 / whole.norm(), rtol=1e-4, atol=1e-8)
 
 
+def test_the_norm_counts_both_parts_of_complex_gradients():
+    module = torch.nn.Linear(4, 4, bias=False).to(torch.complex64)
+    x = torch.randn(2, 4, dtype=torch.complex64)
+    made = plan(module, x, {"devices": 1, "microbatches": 1}, costs="roofline")
+    trainer = Trainer(module, lambda output, _: output.abs().square().mean(), made, sgd, clip=1e9)
+    trainer.step(x, x)
+    assert trainer.norm == pytest.approx(float(trainer.gradients()["weight"].norm()))
+
+
 def test_bfloat16_is_near_float32():
     losses = {}
     for precision in ("fp32", "bf16"):
