@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pydoc_data.topics
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +90,26 @@ def _normalized(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray((pixels / 127.5 - 1.0).transpose(2, 0, 1))[None]
 
 
+Rectangle = tuple[slice, slice]
+
+
+def widened(pixels: np.ndarray, width: int) -> np.ndarray:
+    """Return a line ``[1, 3, 48, W]`` cut or filled up with grey to a width, as PP-OCR fills up a batch."""
+    missing = max(width - pixels.shape[-1], 0)
+    return np.ascontiguousarray(np.pad(pixels[..., :width], [(0, 0)] * 3 + [(0, missing)]))
+
+
 @dataclass(frozen=True)
 class Page:
-    """A drawn page: the detector's input ``[1, 3, size, size]``, and where its lines are, ``[size, size]``."""
+    """A drawn page: the detector's input ``[1, 3, size, size]``, and its lines as (rows, columns)."""
 
     pixels: np.ndarray
-    text: np.ndarray
+    lines: tuple[Rectangle, ...]
+
+    @property
+    def text(self) -> np.ndarray:
+        """Where the lines are, ``[size, size]``."""
+        return painted(self.lines, self.pixels.shape[2:])
 
 
 def pages(count: int, seed: int, size: int = 320) -> list[Page]:
@@ -104,7 +119,7 @@ def pages(count: int, seed: int, size: int = 320) -> list[Page]:
     found = []
     for _ in range(count):
         paper = int(random.integers(180, 256))
-        page, truth = Image.new("RGB", (size, size), (paper, paper, paper)), np.zeros((size, size), bool)
+        page, drawn = Image.new("RGB", (size, size), (paper, paper, paper)), list[Rectangle]()
         top = int(random.integers(4, 30))
         while top < size - 40:
             start = int(random.integers(len(words) - 6))
@@ -114,17 +129,17 @@ def pages(count: int, seed: int, size: int = 320) -> list[Page]:
             draw = ImageDraw.Draw(page)
             draw.text(place, text, fill=(ink, ink, ink), font=font)
             x0, y0, x1, y1 = (round(edge) for edge in draw.textbbox(place, text, font=font))
-            truth[y0:y1, x0:x1] = True
+            drawn.append((slice(max(y0, 0), min(y1, size)), slice(max(x0, 0), min(x1, size))))
             top += int(random.integers(34, 70))
         pixels = np.asarray(_worn(page, random), np.float32)[:, :, ::-1] / 255
         mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
         normal = ((pixels - mean) / deviation).astype(np.float32).transpose(2, 0, 1)
-        found.append(Page(np.ascontiguousarray(normal)[None], truth))
+        found.append(Page(np.ascontiguousarray(normal)[None], tuple(drawn)))
     return found
 
 
-def boxes(probabilities: np.ndarray) -> np.ndarray:
-    """Return where the lines of a map ``[H, W]`` of the detector are, as PP-OCR reads it.
+def rectangles(probabilities: np.ndarray) -> list[Rectangle]:
+    """Return the lines that PP-OCR reads off a map ``[H, W]`` of the detector.
 
     Regions above 0.3 whose mean is above 0.5, as boxes; each edge moves out by area / perimeter * 1.6, since the
     detector learns text shrunk by that (Liao et al., "Real-time Scene Text Detection with Differentiable Binarization",
@@ -133,15 +148,44 @@ def boxes(probabilities: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
     regions, _ = ndimage.label(probabilities > 0.3)
-    found = np.zeros(probabilities.shape, bool)
+    found = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
         height, width = rows.stop - rows.start, columns.stop - columns.start
         inside = regions[rows, columns] == number
         if min(height, width) < 3 or probabilities[rows, columns][inside].mean() < 0.5:
             continue
         d = round(height * width / (2 * (height + width)) * 1.6)
-        found[max(rows.start - d, 0) : rows.stop + d, max(columns.start - d, 0) : columns.stop + d] = True
+        across = slice(max(columns.start - d, 0), min(columns.stop + d, probabilities.shape[1]))
+        found.append((slice(max(rows.start - d, 0), min(rows.stop + d, probabilities.shape[0])), across))
     return found
+
+
+def painted(lines: Iterable[Rectangle], shape: tuple[int, ...]) -> np.ndarray:
+    """Return where any of the rectangles is."""
+    found = np.zeros(shape, bool)
+    for line in lines:
+        found[line] = True
+    return found
+
+
+def matches(found: Sequence[Rectangle], expected: Sequence[Rectangle]) -> int:
+    """Return how many of the expected rectangles have one of their own whose intersection over union is above 0.5."""
+
+    def area(rows: slice, columns: slice) -> int:
+        return max(rows.stop - rows.start, 0) * max(columns.stop - columns.start, 0)
+
+    def both(a: slice, b: slice) -> slice:
+        return slice(max(a.start, b.start), min(a.stop, b.stop))
+
+    left, count = list(found), 0
+    for one in expected:
+        for other in left:
+            common = area(both(one[0], other[0]), both(one[1], other[1]))
+            if 2 * common > area(*one) + area(*other) - common:
+                left.remove(other)
+                count += 1
+                break
+    return count
 
 
 def decode(scores: np.ndarray, characters: list[str]) -> str:

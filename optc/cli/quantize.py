@@ -31,10 +31,10 @@ def quantization_options(command: Command) -> Command:
             click.option("--rounding", default="nearest", help="Of matrices: nearest (default), gptq or adaround."),
             click.option("--block", type=int, help="Rows that share a scale: 32 for 4 bits, 0 (whole columns) for 8."),
             click.option("--zero-points", is_flag=True, help="Zero points for weights that are only stored."),
-            click.option("--smooth", metavar="A|auto", help="SmoothQuant's exponent for int8, 0.5 say, or the best."),
+            click.option("--smooth", default="auto", help="SmoothQuant's exponent for int8: 0.5 say, auto or none."),
             click.option("--scale-weights", is_flag=True, help="AWQ's scaling for weights that are only stored."),
             click.option("--equalize", is_flag=True, help="Equalize the weights of pairs of convolutions."),
-            click.option("--correct-bias", is_flag=True, help="Correct biases for what rounding shifts."),
+            click.option("--no-correct-bias", is_flag=True, help="Leave biases as they are, whatever rounding shifts."),
             click.option("--exclude", multiple=True, metavar="LAYER", help="Leave a layer in float32; repeatable."),
         )
     ):
@@ -59,7 +59,7 @@ def quantization_arguments(kind: str, given: dict[str, Any]) -> dict[str, Any]:
         smooth=_exponent(given["smooth"]),
         scale_weights=given["scale_weights"],
         equalize=given["equalize"],
-        correct_bias=given["correct_bias"],
+        correct_bias=not given["no_correct_bias"],
         exclude=frozenset(given["exclude"]),
     )
     return {
@@ -69,9 +69,9 @@ def quantization_arguments(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _exponent(text: str | None) -> float | str | None:
+def _exponent(text: str) -> float | str | None:
     try:
-        return None if text is None else float(text)
+        return None if text == "none" else float(text)
     except ValueError:
         return text
 

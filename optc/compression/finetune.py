@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,8 @@ def prepare(
     Args:
         module: a PyTorch module in float32.
         example_inputs: see ``optc.capture``, and there for ``dynamic_shapes``.
-        options: int8, int8-weights or int4-weights with rounding to nearest; int8 if left out.
+        options: int8, int8-weights or int4-weights with rounding to nearest; int8 if left out. Ranges of channels
+            and biases stay as they are: smoothing that is ``auto`` and the correction of biases are left out.
         calibrate: calibration data, for int8; see ``optc.compression.data.load``.
         limit: how many calibration samples to use at most.
         progress: is told what is done.
@@ -139,6 +140,8 @@ def prepare(
     except ImportError as error:
         raise MissingDependencyError("fine-tuning needs PyTorch", hint="pip install 'optc[torch]'") from error
     options = options or Options()
+    if options.kind == "int8":
+        options = replace(options, smooth=None if options.smooth == "auto" else options.smooth, correct_bias=False)
     _require_trainable(options, calibrate)
     module = _folded(module)
 
@@ -188,11 +191,11 @@ def _rounding_layer(p: Product, mixture: Any, layer: Any, turned: bool, options:
 def _require_trainable(options: Options, calibrate: Any) -> None:
     if options.kind not in ("int8", "int8-weights", "int4-weights"):
         raise UsageError(f"modules are trained for int8, int8-weights and int4-weights, not for {options.kind}")
-    rescaled = options.smooth is not None or options.equalize or options.scale_weights
-    if options.rounding != "nearest" or rescaled or options.correct_bias:
+    rescaled = options.smooths or options.equalize or options.scale_weights
+    if options.rounding != "nearest" or rescaled:
         raise UsageError(
             "what changes weights before or while they are rounded is not for training",
-            hint="leave out rounding, smooth, equalize, scale-weights and correct-bias: training does their work",
+            hint="leave out rounding, smooth, equalize and scale-weights: training does their work",
         )
     if options.kind == "int8" and calibrate is None:
         raise UsageError("int8 needs calibration data")

@@ -14,6 +14,8 @@ from optc.errors import AccuracyError
 from optc.passes.quantize.ranges import Histogram
 
 Progress = Callable[[str], None]
+Look = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+"""Returns the values inside of a model, and its outputs, by name."""
 
 
 class Observer(Protocol):
@@ -47,7 +49,22 @@ class Inside:
         return {**inputs, **self._model.run(inputs)}
 
 
-def observe(inside: Inside, observers: Mapping[str, Sequence[Observer]], samples: Samples, progress: Progress) -> None:
+class Divided:
+    """The values of a model in which some are divided, from a look into the model before.
+
+    ``changed``: by the name that a value has now, the name that it had, and what it is divided by.
+    """
+
+    def __init__(self, inside: Look, changed: Mapping[str, tuple[str, np.ndarray]]) -> None:
+        self._inside, self._changed = inside, changed
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the values by name."""
+        values = self._inside(inputs)
+        return {**values, **{new: values[old] / divisor for new, (old, divisor) in self._changed.items()}}
+
+
+def observe(inside: Look, observers: Mapping[str, Sequence[Observer]], samples: Samples, progress: Progress) -> None:
     """Run all samples and tell the observers of the values by name.
 
     Raises AccuracyError if a value is no finite number: the model breaks down in float32 already.
@@ -65,7 +82,7 @@ def observe(inside: Inside, observers: Mapping[str, Sequence[Observer]], samples
                 observer.add(values[name])
 
 
-def histograms(inside: Inside, names: Sequence[str], samples: Samples, progress: Progress) -> dict[str, Histogram]:
+def histograms(inside: Look, names: Sequence[str], samples: Samples, progress: Progress) -> dict[str, Histogram]:
     """Count the values called ``names`` over all samples: one round for the extremes, one for the bins."""
     extremes = {name: Extremes() for name in names}
     observe(inside, {name: [e] for name, e in extremes.items()}, samples, progress)

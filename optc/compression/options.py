@@ -44,8 +44,8 @@ class Options:
             calibration data.
         block: rows of a weight matrix that share a scale; 0 for whole columns. None: 32 for 4 bits, 0 for 8.
         zero_points: weights that are not computed with have zero points too.
-        smooth: the exponent of SmoothQuant for int8 (0.5, say), or ``auto``: for each value the exponent with the
-            least expected error, or none.
+        smooth: the exponent of SmoothQuant for int8 (0.5, say), ``auto``: for each value the exponent with the least
+            expected error, or none where that is not much less; None: no smoothing.
         scale_weights: AWQ's scaling for weights of 8 or 4 bits; uses calibration data.
         equalize: cross-layer equalization of convolutions.
         correct_bias: what rounding shifts the means of channels by goes into biases of Conv and Gemm.
@@ -61,10 +61,10 @@ class Options:
     rounding: str = "nearest"
     block: int | None = None
     zero_points: bool = False
-    smooth: float | str | None = None
+    smooth: float | str | None = "auto"
     scale_weights: bool = False
     equalize: bool = False
-    correct_bias: bool = False
+    correct_bias: bool = True
     exclude: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -89,6 +89,13 @@ class Options:
     def packs_weights(self) -> bool:
         """Whether only weights are quantized."""
         return self.kind in _PACKED
+
+    @property
+    def smooths(self) -> bool:
+        """Whether ranges of channels are evened out; 16 bits have room for all of them."""
+        return (
+            self.kind == "int8" and self.smooth is not None and not (self.smooth == "auto" and "16" in self.activations)
+        )
 
     @property
     def needs_data(self) -> bool:

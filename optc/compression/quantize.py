@@ -13,7 +13,7 @@ import onnx_ir as oir
 from optc import driver
 from optc.compression import data
 from optc.compression.budget import Goal, Trial, search
-from optc.compression.observe import Inside, Progress, histograms, observe
+from optc.compression.observe import Divided, Inside, Look, Progress, histograms, observe
 from optc.compression.options import Options
 from optc.compression.speed import layer_times
 from optc.compression.statistics import ChannelMean, ChannelRanges, Extremes, Gram
@@ -22,7 +22,7 @@ from optc.errors import UnsupportedModelError, UsageError
 from optc.ir import serialize
 from optc.passes.base import Pass
 from optc.passes.match import constant
-from optc.passes.quantize import bias, blocks, half, ranges, scaling, static, weight_only
+from optc.passes.quantize import bias, blocks, equalization, half, ranges, smoothing, static, weight_only
 from optc.passes.quantize.dynamic import DynamicPass
 from optc.passes.quantize.encoding import Encoding
 from optc.passes.quantize.products import Product, products
@@ -115,7 +115,7 @@ class Quantizer:
         progress: Progress = lambda _: None,
     ) -> None:
         self.model, self.samples, self.progress = model, samples, progress
-        self._inside: dict[str, Inside] = {}
+        self._inside: dict[str, Look] = {}
         self._counts: dict[str, dict[str, ranges.Histogram]] = {}
 
     def run(self, options: Options) -> Quantized:
@@ -140,7 +140,7 @@ class Quantizer:
         else:
             work = half.HalfPass(options.kind, self._large(model), options.exclude)
             details = {p.name: {} for p in chosen if work.island(p.node) is None}
-        result = model.clone() if model is self.model else model
+        result = model.clone()
         work.call(result)
         return Quantized(result, report(self.model, result, options, details))
 
@@ -192,16 +192,13 @@ class Quantizer:
         found = encodings(counts, options)
         rounded: dict[str, Integers] = {}
         if options.rounding != "nearest":
-            matrices = [p for p in weight_only.matrices(model) if p.name in names]
-            grams = self._grams(model, key, matrices)
-            for p in matrices:
+            chosen = [p for p in products(model) if p.name in names and Gram.takes(p)]
+            grams = self._grams(model, key, chosen)
+            for number, p in enumerate(chosen):
+                self.progress(f"rounding {number + 1} of {len(chosen)}: {p.name}")
                 array = weight_only.rounded(p.matrix().T, "int8", 0, options.rounding, grams[p.name])
-                rounded[p.name] = Integers(
-                    array.values if p.channels == 1 else np.ascontiguousarray(array.values.T),
-                    array.scale,
-                    None,
-                    p.channels,
-                )
+                values = array.values if p.channels == 1 else array.values.T.reshape(p.array().shape)
+                rounded[p.name] = Integers(np.ascontiguousarray(values), array.scale, None, p.channels)
         plan = static.Plan(names, found, rounded, bits=options.bits, per_channel=options.per_channel)
         return self._corrected(model, key, plan) if options.correct_bias else plan
 
@@ -212,7 +209,7 @@ class Quantizer:
             self._counts[key] = histograms(inside, _read(model), samples, self.progress)
         return self._counts[key]
 
-    def _look(self, model: oir.Model, key: str) -> tuple[Inside, data.Samples]:
+    def _look(self, model: oir.Model, key: str) -> tuple[Look, data.Samples]:
         assert self.samples is not None
         if key not in self._inside:
             self.progress("compiling the model to look inside")
@@ -221,45 +218,66 @@ class Quantizer:
 
     def _rescaled(self, options: Options) -> tuple[oir.Model, str]:
         """Return the model with its ranges evened out, and a name for what that depends on."""
-        if not options.equalize and options.smooth is None and not options.scale_weights:
-            return self.model, ""
-        model = self.model.clone()
-        key = f"{options.equalize} {options.smooth} {options.scale_weights and options}"
+        names = frozenset(p.name for p in selected(self.model, options.exclude))
+        model, key = self.model, ""
         if options.equalize:
-            scaling.equalize(model)
-        if options.smooth is None and not options.scale_weights:
-            return model, key
-        inside, samples = self._look(self.model, "")
-        groups = scaling.groups(model)
-        reach = {str(value.name): ChannelRanges(-1) for value in groups}
-        grams: dict[str, np.ndarray] = {}
+            model, key = self.model.clone(), "equalized"
+            equalization.equalize(model)
         if options.scale_weights:
-            grams = self._grams(self.model, "", [members[0] for members in scaling.groups(self.model).values()])
+            factors = self._factors_for_weights(model, key, options, names)
+        elif options.smooths:
+            factors = self._factors(model, key, options, names)
         else:
-            observe(inside, {name: [r] for name, r in reach.items()}, samples, self.progress)
+            return model, key
+        result = model.clone()
+        changed = smoothing.scale_inputs(result, factors, names)
+        depends = (options.smooth, options.bits, sorted(options.exclude), options.scale_weights and options)
+        scaled = f"{key} {depends}"
+        if scaled not in self._inside:
+            self._inside[scaled] = Divided(self._look(model, key)[0], changed)
+        return result, scaled
+
+    def _factors(self, model: oir.Model, key: str, options: Options, names: frozenset[str]) -> dict[str, np.ndarray]:
+        """Return what SmoothQuant divides values by."""
+        groups = smoothing.readers(model, names)
+        inside, samples = self._look(model, key)
+        seen = {name: ChannelRanges(group.axis) for name, group in groups.items()}
+        observe(inside, {name: [r] for name, r in seen.items()}, samples, self.progress)
         factors: dict[str, np.ndarray] = {}
-        for value, members in groups.items():
-            matrices = [p.matrix().T for p in members]
-            if options.scale_weights:
-                factors[str(value.name)] = _best_factors(matrices, grams[members[0].name], options)
+        for name, group in groups.items():
+            found, weights = seen[name], group.weights()
+            if isinstance(options.smooth, float):
+                chosen: np.ndarray | None = smoothing.smooth_factors(found.reach, weights, options.smooth)
             else:
-                seen = reach[str(value.name)]
-                if isinstance(options.smooth, float):
-                    chosen: np.ndarray | None = scaling.smooth_factors(seen.reach, matrices, options.smooth)
-                else:
-                    chosen = scaling.best_factors(seen.low, seen.high, seen.power, matrices)
-                if chosen is not None:
-                    factors[str(value.name)] = chosen
-        scaling.scale_inputs(model, factors)
-        return model, key
+                worth = smoothing.worth(group)
+                chosen = smoothing.best_factors(
+                    found.low, found.high, found.power, weights, worth=worth, bits=options.bits
+                )
+            if chosen is not None:
+                factors[name] = chosen
+        return factors
+
+    def _factors_for_weights(
+        self, model: oir.Model, key: str, options: Options, names: frozenset[str]
+    ) -> dict[str, np.ndarray]:
+        """Return what AWQ divides values by."""
+        groups = smoothing.readers(model, names, convolutions=False)
+        grams = self._grams(model, key, [group.members[0] for group in groups.values()])
+        return {
+            name: _best_factors([p.matrix().T for p in group.members], grams[group.members[0].name], options)
+            for name, group in groups.items()
+        }
 
     def _grams(self, model: oir.Model, key: str, chosen: Sequence[Product]) -> dict[str, np.ndarray]:
         inside, samples = self._look(model, key)
-        by_value: dict[str, Gram] = {}
+        by_value: dict[tuple[str, str], Gram] = {}
         for p in chosen:
-            by_value.setdefault(str(p.x.name), Gram(p))
-        observe(inside, {name: [gram] for name, gram in by_value.items()}, samples, self.progress)
-        return {p.name: by_value[str(p.x.name)].matrix for p in chosen}
+            by_value.setdefault((str(p.x.name), Gram.seen(p)), Gram(p))
+        watching: dict[str, list[Gram]] = {}
+        for (name, _), gram in by_value.items():
+            watching.setdefault(name, []).append(gram)
+        observe(inside, watching, samples, self.progress)
+        return {p.name: by_value[str(p.x.name), Gram.seen(p)].matrix for p in chosen}
 
     def _corrected(self, model: oir.Model, key: str, plan: static.Plan) -> static.Plan:
         inside, samples = self._look(model, key)

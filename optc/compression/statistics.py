@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
+from optc.passes.prune.layers import Layer
 from optc.passes.quantize.encoding import Encoding
 from optc.passes.quantize.products import Product
 
-_ROWS = 4096
-"""Rows of a call that go into a gram matrix at most: more tell little about the correlations of their columns."""
+_ROWS, _PLACES = 4096, 1024
+"""Rows of a call, and places of a convolution, that go into a gram matrix at most: more tell little about columns."""
 
 
 class Extremes:
@@ -72,15 +71,40 @@ class ChannelMean:
 
 
 class Gram:
-    """The mean of ``x^T x`` over the rows that a product multiplies its weights with, ``[depth, depth]``."""
+    """The mean of ``x^T x`` over the rows that a product multiplies its weights with, ``[depth, depth]``.
+
+    The rows of a convolution are what its kernel sees at a place; of these some are taken, the same in each call.
+    """
 
     def __init__(self, found: Product) -> None:
-        self._rows, self._sum, self._count = _reader(found), np.zeros(()), 0
+        self._found, self._sum, self._count = found, np.zeros(()), 0
+
+    @staticmethod
+    def takes(found: Product) -> bool:
+        """Tell whether the product is one matrix: convolutions with groups are several."""
+        node = found.node
+        plain = (
+            node.attributes.get_int("group", 1) == 1 and node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
+        )
+        return node.op_type != "Conv" or plain
+
+    @staticmethod
+    def seen(found: Product) -> str:
+        """Return a text that is the same for products that read the same rows of a value."""
+        if found.node.op_type != "Conv":
+            return ""
+        attributes = sorted(f"{name}={attribute.value}" for name, attribute in found.node.attributes.items())
+        return f"{attributes} {found.array().shape[1:]}"
 
     def add(self, values: np.ndarray) -> None:
         """Take note of ``values``."""
-        rows = self._rows(values)
-        rows = rows[:: -(-len(rows) // _ROWS)].astype(np.float32)
+        if self._found.node.op_type == "Conv":
+            layer = Layer(self._found.node, self._found.weight)
+            places = np.random.default_rng(0).permutation(layer.places(values))[:_PLACES]
+            rows = layer.rows(values, np.sort(places)).astype(np.float32)
+        else:
+            rows = values.reshape(-1, values.shape[-1])
+            rows = rows[:: -(-len(rows) // _ROWS)].astype(np.float32)
         self._sum = self._sum + (rows.T @ rows).astype(np.float64)
         self._count += len(rows)
 
@@ -93,8 +117,3 @@ class Gram:
 def _channels(values: np.ndarray, axis: int) -> np.ndarray:
     """Return ``[elements, channels]``."""
     return np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])
-
-
-def _reader(found: Product) -> Callable[[np.ndarray], np.ndarray]:
-    depth = found.matrix().shape[1]
-    return lambda values: values.reshape(-1, depth)

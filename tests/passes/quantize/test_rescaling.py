@@ -4,8 +4,9 @@ import numpy as np
 import onnx_ir as oir
 import pytest
 
-from optc.passes.quantize import scaling
+from optc.passes.quantize import smoothing
 from optc.passes.quantize.bias import correction
+from optc.passes.quantize.equalization import equalize
 from optc.passes.quantize.products import product, products
 from optc.passes.quantize.weights import per_channel
 
@@ -20,7 +21,7 @@ def same(before, after):
 def test_smoothing_moves_outliers_into_weights(rng):
     reach = np.array([1.0, 100.0, 1.0, 0.0])
     weight = rng.uniform(0.5, 1, (4, 3)).astype(F)
-    factor = scaling.smooth_factors(reach, [weight], 0.5)
+    factor = smoothing.smooth_factors(reach, [weight[None, :, :, None]], 0.5)
     assert factor[3] == 1
     assert (reach / factor)[:3].max() / (reach / factor)[:3].min() < 20
 
@@ -35,10 +36,10 @@ def test_the_best_exponent_is_one_that_helps(rng):
         found = (np.rint(a / step) * step) @ (np.rint(w / steps) * steps)
         return ((found - x @ weight) ** 2).mean()
 
-    factor = scaling.best_factors(x.min(0), x.max(0), (x**2).mean(0), [weight])
+    factor = smoothing.best_factors(x.min(0), x.max(0), (x**2).mean(0), [weight[None, :, :, None]])
     assert error(factor) < 0.5 * error(np.ones(16))
     even = np.ones((16, 8), F)
-    assert scaling.best_factors(-np.ones(16), np.ones(16), np.full(16, 0.3), [even]) is None
+    assert smoothing.best_factors(-np.ones(16), np.ones(16), np.full(16, 0.3), [even[None, :, :, None]]) is None
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -52,11 +53,54 @@ def test_inputs_are_scaled_in_the_normalization_or_by_a_multiplication(own, buil
     )
     feeds = {"x": rng.normal(0, 1, (3, 8)).astype(F)}
     before = run(model, feeds)
-    assert scaling.scale_inputs(model, {"n": rng.uniform(0.1, 10, 8).astype(F)}) == 1
+    changed = smoothing.scale_inputs(model, {"n": rng.uniform(0.1, 10, 8).astype(F)})
+    assert [old for old, _ in changed.values()] == ["n"]
+    assert ("n" in changed) == own
     verify(model)
     same(before, run(model, feeds))
     assert any(node.op_type == "Mul" for node in model.graph) != own
-    assert scaling.scale_inputs(model, {"nothing": np.ones(8, F)}) == 0
+    assert smoothing.scale_inputs(model, {"nothing": np.ones(8, F)}) == {}
+
+
+MAKERS = {
+    "r = LeakyRelu(a)": 0,
+    "m = Mul(a, k) r = Add(k, m)": 0,
+    "r = HardSwish(a)": 1,
+    "m = Relu(a) r = Add(m, a)": 1,
+}
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_convolutions_read_channels_of_one_range(maker, group, build, run, verify, rng):
+    model = build(
+        f"""(float[1,3,6,6] x) => (float[1,4,6,6] y) {{
+        a = Conv(x, w, b) {maker} y = Conv<pads=[1,1,1,1], group={group}>(r, v) }}""",
+        w=rng.normal(0, 1, (4, 3, 1, 1)).astype(F),
+        b=rng.normal(0, 1, 4).astype(F),
+        v=rng.normal(0, 1, (4, 4 // group, 3, 3)).astype(F),
+        **({"k": np.array(0.7, F)} if "k" in maker else {}),
+    )
+    feeds = {"x": rng.normal(0, 1, (1, 3, 6, 6)).astype(F)}
+    before, muls = run(model, feeds), sum(node.op_type == "Mul" for node in model.graph)
+    last = list(products(model))[-1]
+    changed = smoothing.scale_inputs(model, {"r": rng.uniform(0.1, 10, 4).astype(F)}, {last.name})
+    verify(model)
+    same(before, run(model, feeds))
+    assert len(changed) == 1
+    assert sum(node.op_type == "Mul" for node in model.graph) == muls + MAKERS[maker]
+    assert smoothing.scale_inputs(model, {"r": np.ones(4, F)}, {"another"}) == {}
+
+
+def test_channels_of_a_depthwise_convolution_use_the_whole_range(build, rng):
+    model = build(
+        "(float[1,8,6,6] x) => (float[1,8,4,4] y) { y = Conv<group=8>(x, w) }",
+        w=rng.normal(0, 1, (8, 1, 3, 3)).astype(F),
+    )
+    (group,) = smoothing.readers(model).values()
+    reach = 10.0 ** rng.uniform(-2, 2, 8)
+    factor = smoothing.best_factors(-reach, reach, reach**2 / 3, group.weights())
+    np.testing.assert_allclose(factor / factor[0], reach / reach[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
@@ -71,7 +115,7 @@ def test_equalization(group, build, run, verify, rng):
     )
     feeds = {"x": rng.normal(0, 1, (1, 3, 6, 6)).astype(F)}
     before = run(model, feeds)
-    assert scaling.equalize(model) == 1
+    assert equalize(model) == 1
     verify(model)
     same(before, run(model, feeds))
     first, second = (p.array() for p in products(model))
@@ -90,7 +134,7 @@ def test_what_cannot_be_equalized(between, build, rng):
         v=rng.normal(0, 1, (4, 4, 1, 1)).astype(F),
         **extra,
     )
-    assert scaling.equalize(model) == 0
+    assert equalize(model) == 0
 
 
 @pytest.mark.parametrize("call", ["Gemm(x, w, b)", "Gemm<transB=1>(x, w, b)", "Conv<group=2>(x, w, b)"])
