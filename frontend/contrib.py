@@ -21,6 +21,7 @@ from optc.frontend import (
     contrib_quantized,
     contrib_weights,
 )
+from optc.frontend.check import UNDECLARED
 from optc.frontend.contrib_node import ContribEdit, Unsettled
 from optc.frontend.names import Names
 from optc.frontend.upgrade import Refused
@@ -37,7 +38,6 @@ OPERATORS: dict[str, Callable[[ContribEdit], None]] = {
     **contrib_weights.OPERATORS,
 }
 """How each operator is expanded, by its name."""
-_UNDECLARED = {"SimplifiedLayerNormalization": contrib_normalization.simplified}
 _BLOCKED = "com.microsoft.nchwc"
 _REASONS = {
     "DynamicQuantizeLSTM": "each step rounds its own input to bytes, which LSTM of ONNX does not",
@@ -57,6 +57,10 @@ def expand(model: oir.Model, values: Names, nodes: Names) -> None:
         InvalidModelError: attributes or weights that contradict each other.
         UnsupportedModelError: names every node that has no equal in ONNX.
     """
+    for node in model.graph.all_nodes():
+        if node.domain == "" and node.op_type in UNDECLARED:
+            node.domain = DOMAIN
+            model.opset_imports.setdefault(DOMAIN, 1)
     _Expansion(model, values, nodes).round(inferred=False)
 
 
@@ -113,9 +117,7 @@ class _Expansion:
 
 
 def _function(node: oir.Node) -> Callable[[ContribEdit], None] | None:
-    if node.domain == DOMAIN:
-        return OPERATORS.get(node.op_type)
-    return _UNDECLARED.get(node.op_type) if node.domain == "" else None
+    return OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
 
 
 def _error(reasons: list[str]) -> UnsupportedModelError:

@@ -93,6 +93,7 @@ def _layer(edit: ContribEdit, x: oir.Value, *parameters: oir.Value) -> oir.Value
 OPERATORS: dict[str, Callable[[ContribEdit], None]] = {
     "EmbedLayerNormalization": embed,
     "QEmbedLayerNormalization": embed_quantized,
+    "SimplifiedLayerNormalization": simplified,
     "SkipLayerNormalization": skip,
     "SkipSimplifiedLayerNormalization": skip_simplified,
 }

@@ -185,4 +185,34 @@ def qlinear_matmul(d: Draw) -> Case:
     return case
 
 
-FAMILIES = (quantize, dequantize, dynamic, matmul_integer, conv_integer, qlinear_conv, qlinear_matmul)
+def matmul_nbits(d: Draw) -> Case:
+    """Weights of 4 or 8 bits in blocks of rows; the last block may be cut off."""
+    bits, block = d.pick([4, 8]), d.pick([16, 32, 64])
+    rows, depth, columns = d.pick([1, 2, 7, 40]), d.pick([16, 33, 70, 128]), d.pick([1, 5, 16, 33])
+    blocks = -(-depth // block)
+    x = d.array("float32", [2, rows, depth] if d.flag() else [rows, depth])
+    stored = d.array("uint8", [columns, blocks, block * bits // 8])
+    scales = d.array("float32", [columns, blocks], 0.01, 0.2)
+    zero = d.pick([None, "packed", "whole"])
+    if zero == "packed":
+        zero = d.array("uint8", [columns, -(-blocks * bits // 8)])
+    elif zero == "whole":
+        zero = d.array("float32", [columns, blocks], 0, (1 << bits) - 1).round()
+    arrays = [x, stored, scales, zero, None, d.array("float32", [columns]) if d.flag() else None]
+    attributes = {"K": depth, "N": columns, "bits": bits, "block_size": block}
+    case = Case("MatMulNBits", arrays, ["float32"], attributes, frozenset(range(1, 6)), domain="com.microsoft")
+    case.symbolic = d.symbols(arrays, {0: range(x.ndim - 1)})
+    fields = np.stack([stored & 15, stored >> 4], -1) if bits == 4 else stored
+    unpacked = zero if zero is None or zero.dtype != np.uint8 or bits == 8 else np.stack([zero & 15, zero >> 4], -1)
+
+    def reference(_: Case) -> list[np.ndarray]:
+        zeros = 1 << (bits - 1) if unpacked is None else unpacked.reshape(columns, -1)[:, :blocks, None]
+        weights = (fields.reshape(columns, blocks, block).astype(np.float64) - zeros) * scales[..., None]
+        y = x.astype(np.float64) @ weights.reshape(columns, -1)[:, :depth].T
+        return [y if arrays[5] is None else y + arrays[5]]
+
+    case.reference, case.roundings = reference, 16
+    return case
+
+
+FAMILIES = (quantize, dequantize, dynamic, matmul_integer, conv_integer, qlinear_conv, qlinear_matmul, matmul_nbits)
