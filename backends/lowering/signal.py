@@ -1,4 +1,7 @@
-"""DFT, STFT, MelWeightMatrix and Col2Im. Transforms are sums over a table of roots of unity: O(n) a value."""
+"""DFT, STFT, MelWeightMatrix and Col2Im.
+
+Transforms are sums over a table of roots of unity, O(n) a value: those of known length have become products before.
+"""
 
 from __future__ import annotations
 

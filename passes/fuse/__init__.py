@@ -9,6 +9,7 @@ from optc.passes.fuse.attention_layout import attention_layout_pass
 from optc.passes.fuse.bias import bias_pass
 from optc.passes.fuse.fold_batch_norm import fold_batch_norm_pass
 from optc.passes.fuse.fold_padding import fold_padding_pass
+from optc.passes.fuse.fourier import fourier_pass
 from optc.passes.fuse.gelu import gelu_pass
 from optc.passes.fuse.normalization import normalization_pass
 from optc.passes.fuse.portable import portable_pass
@@ -18,8 +19,11 @@ __all__ = ["passes", "portable"]
 
 
 def passes() -> list[Pass]:
-    """Return the fuse passes in order: recognition first, while the patterns are whole, then folding."""
+    """Return the fuse passes in order: transforms become products first, which others fold into; then recognition,
+    while the patterns are whole, then folding.
+    """
     return [
+        fourier_pass(),
         gelu_pass(),
         normalization_pass(),
         activations_pass(),

@@ -75,7 +75,7 @@ def dft(d: Draw) -> Case:
     dtype = d.pick(("float32", "float32", "float64"))
     inverse, onesided = d.integer(0, 1), d.integer(0, 1)
     rank, complex_input = d.integer(1, 3), d.flag()
-    dims = [d.pick([1, 2, 3, 5, 8, 17]) for _ in range(rank)]
+    dims = [d.pick([1, 2, 3, 5, 8, 17, 132]) for _ in range(rank)]
     axis = d.integer(0, rank - 1)
     if onesided:
         # One side of a real signal, and back.
