@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +13,7 @@ from onnx import TensorProto, helper
 import optc
 from optc import ir
 from optc.errors import InvalidModelError, UnsupportedModelError
+from optc.frontend import contrib
 from optc.frontend.onnx import load
 
 IMPORTS = [helper.make_opsetid("", 14), helper.make_opsetid("com.microsoft", 1)]
@@ -195,3 +199,9 @@ def test_blocked_layouts_are_refused(build):
     with pytest.raises(UnsupportedModelError, match="memory layout is that of one machine") as error:
         load(build([node], {"x": [1, 8, 4, 4], "w": [8, 8, 1, 1]}, ["y"], imports=imports))
     assert "ORT_ENABLE_EXTENDED" in str(error.value.hint)
+
+
+def test_the_documentation_names_every_operator():
+    page = (Path(__file__).parents[2] / "docs" / "onnxruntime.md").read_text()
+    words = set(re.findall(r"\w+", page))
+    assert set(contrib.OPERATORS) <= words
