@@ -16,7 +16,7 @@ from optc.errors import PartitionError, UsageError
 from optc.passes.partition.chain import Chain, Device, segments
 from optc.passes.partition.coarsen import coarsen
 from optc.passes.partition.memory import MemoryModel
-from optc.passes.partition.split import Split, split
+from optc.passes.partition.split import Split, misfit, split
 from optc.training.cluster import Cluster
 from optc.training.schedules import SCHEDULES, Action, Schedule, actions, find, in_flight, peak_bytes
 from optc.training.simulate import StageTimes, Timeline, simulate
@@ -212,6 +212,10 @@ def _fit(
     their sum fits.
     """
     live = in_flight(ranks, len(devices))
+    # Every rank holds at least one microbatch's activations of its units.
+    least = chain.bytes_of_weights(0, len(chain.names), memory.state) + float(chain.saved.sum())
+    if least > sum(device.memory for device in devices[:pp]):
+        raise misfit(chain, devices[:pp], live, memory)
     for share in [math.inf, *(np.linspace(1.0, 0.5, _ATTEMPTS) if len(devices) > pp else [1.0])]:
         shared = tuple(Device(device.speed, device.memory * share) for device in devices)
         key = (shared, *((tuple(live), memory) if share < math.inf else ()))

@@ -69,14 +69,11 @@ def split(
             hint="ask for fewer stages",
         )
     table = _Table(chain, positions, link, memory)
-    bound = table.greedy_bound(devices)
-    cuts = table.solve(devices, in_flight, bound)
+    capped = any(np.isfinite(device.memory) for device in devices)
+    # Memory may force a split that is slower than any that ignores it; it keeps the search short itself.
+    cuts = table.solve(devices, in_flight, np.inf if capped else table.greedy_bound(devices))
     if cuts is None:
-        # Memory may force a split that is slower than any that ignores it.
-        cuts = table.solve(devices, in_flight, np.inf)
-    if cuts is None:
-        message, hint = _why(chain, devices, in_flight, memory)
-        raise PartitionError(message, hint=hint)
+        raise misfit(chain, devices, in_flight, memory)
     return Split(cuts, stage_seconds(chain, cuts, devices, link))
 
 
@@ -186,8 +183,8 @@ class _DistinctWeights:
             self.bytes[low:high] += size
 
 
-def _why(chain: Chain, devices: Sequence[Device], in_flight: Sequence[int], memory: MemoryModel) -> tuple[str, str]:
-    """Say what does not fit: single units larger than the largest device, or all of it together."""
+def misfit(chain: Chain, devices: Sequence[Device], in_flight: Sequence[int], memory: MemoryModel) -> PartitionError:
+    """What does not fit: single units larger than the largest device, or all of it together."""
     largest = max(device.memory for device in devices)
     positions = chain.positions()
     too_large = []
@@ -199,14 +196,14 @@ def _why(chain: Chain, devices: Sequence[Device], in_flight: Sequence[int], memo
             )
     if too_large:
         listed = ", ".join(f"{name} ({need / 2**20:.1f} MiB)" for need, name in sorted(too_large, reverse=True)[:5])
-        return (
+        return PartitionError(
             f"{len(too_large)} operators need more memory than a device has ({largest / 2**20:.1f} MiB): {listed}",
-            "shard the weights over dp, use a smaller microbatch, or write such an operator as several smaller ones",
+            hint="shard the weights over dp, use a smaller microbatch, or write such an operator as several smaller",
         )
     need = memory.fixed(chain, 0, len(chain.names)) / 2**20
     have = sum(device.memory for device in devices) / 2**20
-    return (
+    return PartitionError(
         f"no split into {len(devices)} stages fits: the model's state takes {need:.1f} MiB besides activations, "
         f"the devices have {have:.1f} MiB together",
-        "use more stages, recomputation, a smaller microbatch, or fewer microbatches",
+        hint="use more stages, recomputation, a smaller microbatch, or fewer microbatches",
     )
