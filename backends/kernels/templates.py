@@ -36,7 +36,7 @@ VERSIONS = {
     integer_contraction.TEMPLATE: 2,
     integer_depthwise.TEMPLATE: 2,
     weight_only.TEMPLATE: 1,
-    window.TEMPLATE: 2,
+    window.TEMPLATE: 3,
     winograd.TEMPLATE: 1,
 }
 """Counts changes of each template and rule after which older tuning records no longer hold: decisions mean something

@@ -89,7 +89,10 @@ class _Generator:
         window = prod(self.window)
         bytes_each = (window // self.window[-1] * columns + window) * bits(self.dtype) // 8
         line = max(self.lanes, _LINE_BITS // bits(self.dtype))
-        best = min(known, max(line, target.caches.l1 * 3 // 4 // bytes_each // line * line))
+        most = max(line, target.caches.l1 * 3 // 4 // bytes_each // line * line)
+        # The last block is moved back to end with the channels: even ones repeat the least.
+        even = -(-known // max(1, -(-known // most)))
+        best = min(known, -(-even // line) * line)
         return decide("block", best, [known, *(n * line for n in counts(12) if n * line < known)])
 
     def _image(self) -> Any:
