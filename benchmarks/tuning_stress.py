@@ -1,6 +1,6 @@
 """Two tuners and a reader on one log, while tuners are killed with SIGKILL at random moments and started again.
 
-    python benchmarks/tuning_stress.py [--kills 20] [--longest 40] [--seed 0]
+    python benchmarks/tuning_stress.py [--kills 20] [--longest 120] [--seed 0]
 
 After every kill, and many times between, the log is read: every record ever seen must still be there, and no line may
 be bad. At the end a last run must go on from the log to a normal end. Prints a line of JSON.
@@ -87,6 +87,8 @@ def stress(folder: Path, kills: int, longest: float, generator: random.Random) -
             tuner.kill()
             tuner.wait()
     before = len(reader.seen)
+    if before < kills:
+        raise RuntimeError(f"{before} records in {kills} lives: tuners died before they measured; raise --longest")
     last = start(folder, "--trials", "4").wait()
     reader.check()
     records = log.read(reader.path).records
@@ -106,7 +108,7 @@ def stress(folder: Path, kills: int, longest: float, generator: random.Random) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--longest", type=float, default=40.0, help="seconds between kills")
+    parser.add_argument("--longest", type=float, default=120.0, help="seconds between kills")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="optc-stress-") as folder:
