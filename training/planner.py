@@ -16,7 +16,7 @@ from optc.errors import PartitionError, UsageError
 from optc.passes.partition.chain import Chain, Device, segments
 from optc.passes.partition.coarsen import coarsen
 from optc.passes.partition.memory import MemoryModel
-from optc.passes.partition.split import Split, misfit, split
+from optc.passes.partition.split import Split, misfit, require_stages, split
 from optc.training.cluster import Cluster
 from optc.training.schedules import SCHEDULES, Action, Schedule, actions, find, in_flight, peak_bytes
 from optc.training.simulate import StageTimes, Timeline, simulate
@@ -149,8 +149,9 @@ def _evaluate(
     chain: Chain, cluster: Cluster, choice: Choice, optimizer_state: float, splits: dict[object, Split]
 ) -> Candidate:
     pp, dp, schedule, microbatches = choice.pp, choice.dp, choice.schedule, choice.microbatches
-    ranks = actions(schedule, pp, microbatches)
     count = schedule.stages(pp)
+    require_stages(chain, count)  # before listing what thousands of stages would do
+    ranks = actions(schedule, pp, microbatches)
     per_rank = [cluster.device(rank, pp) for rank in range(pp)]
     # While a pipeline runs, FSDP keeps whole weights and gradients; what it shards are their masters and the optimizer.
     sharded = choice.data_parallel == "fsdp" and dp > 1

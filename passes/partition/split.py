@@ -63,11 +63,7 @@ def split(
     link, memory = link or Link(), memory or MemoryModel()
     in_flight = in_flight or [1] * len(devices)
     positions = chain.positions()
-    if len(positions) - 1 < len(devices):
-        raise PartitionError(
-            f"the graph can be cut into {len(positions) - 1} stages at most, not into {len(devices)}",
-            hint="ask for fewer stages",
-        )
+    require_stages(chain, len(devices))
     table = _Table(chain, positions, link, memory)
     capped = any(np.isfinite(device.memory) for device in devices)
     # Memory may force a split that is slower than any that ignores it; it keeps the search short itself.
@@ -75,6 +71,15 @@ def split(
     if cuts is None:
         raise misfit(chain, devices, in_flight, memory)
     return Split(cuts, stage_seconds(chain, cuts, devices, link))
+
+
+def require_stages(chain: Chain, count: int) -> None:
+    """PartitionError if ``chain`` cannot be cut into ``count`` stages."""
+    most = len(chain.positions()) - 1
+    if most < count:
+        raise PartitionError(
+            f"the graph can be cut into {most} stages at most, not into {count}", hint="ask for fewer stages"
+        )
 
 
 class _Table:
