@@ -27,7 +27,7 @@ from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Axes, Fused, Reader
 from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, PAIR
 from optc.backends.kernels.integer_dot import Dot, put, vector_at
-from optc.backends.kernels.integer_rows import WindowRows, tile_rows
+from optc.backends.kernels.integer_rows import WindowRows, spans, tile_rows
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
 _CHANNEL_BYTES = 4 * 1024
@@ -83,7 +83,7 @@ LARGE = Transform(
 def suits(kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], channels: int, columns: int) -> bool:
     """Tell whether a convolution of ``channels`` to ``columns`` maps is of the kind that this makes faster."""
     plain = list(kernel) == [3, 3] and all(step == 1 for step in (*strides, *dilations))
-    return plain and channels % 16 == 0 and channels >= 32 and columns % COLUMN_BLOCK == 0
+    return plain and channels % 16 == 0 and channels >= 32 and columns >= COLUMN_BLOCK
 
 
 def choose(fused: Fused, image: WindowRows, columns: int | None) -> Transform | None:
@@ -99,12 +99,14 @@ def choose(fused: Fused, image: WindowRows, columns: int | None) -> Transform | 
     if image.chunks * image.chunk != image.c * (3 if image.merged else 1):
         return None
     work: dict[Transform | None, float] = {None: 9.0 * lines * width}
+    # The last tile of columns is computed whole.
+    padded = -(-columns // COLUMN_BLOCK) * COLUMN_BLOCK / columns
     for transform in (SMALL, LARGE):
         points = (transform.m + 2) ** 2
         # Sums of a product of 255 with weights of this magnitude must fit what the shift leaves of int32.
         if 255 * magnitude < 1 << (31 - transform.shift):
             # The transforms of data and sums are about a fifth of the products; those of filters as good as two tiles.
-            work[transform] = points * (1.2 * -(-lines // transform.m) * -(-width // transform.m) + 2)
+            work[transform] = padded * points * (1.2 * -(-lines // transform.m) * -(-width // transform.m) + 2)
     return min(work, key=lambda chosen: work[chosen])
 
 
@@ -146,7 +148,7 @@ class Winograd:
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
-        tiles = int(self.columns.total) // self.nr
+        tiles = -(-int(self.columns.total) // self.nr)
         parts = 2 if self.strips * (static(self.batch.total) or 1) == 1 and tiles > 1 else 1
         share = -(-tiles // parts)
         inner = self.strips * parts
@@ -350,7 +352,11 @@ class Winograd:
                     where = {**places, **pixel, **self.columns.at(t * self.nr + lane)}
                     return self.reader.store(where, [], load(out, (i * m + j) * self.nr + lane))
 
-                return self.reader.lanewise(self.nr, element)
+                full, rest = divmod(int(self.columns.total), self.nr)
+                whole = self.reader.lanewise(self.nr, element)
+                if not rest:
+                    return whole
+                return tirx.IfThenElse(t < full, whole, spans(self.reader, rest, lanes, element))
 
             return sequence(
                 *statements,

@@ -68,6 +68,8 @@ def test_operands_fit_16_bits():
         ((6, 30), 144, 48, 60),
         ((16, 8), 272, 16, 128),
         ((57, 29), 32, 32, 128),
+        ((10, 12), 48, 24, 60),
+        ((12, 12), 32, 29, 128),
     ],
 )
 @pytest.mark.parametrize("pattern", ["random", "extreme"])
