@@ -1,6 +1,6 @@
 """Fourier transforms of known length as products with constant matrices, which run at the speed of the machine.
 
-* STFT is a convolution whose filters are windowed cosines and sines.
+* STFT of short frames is a convolution whose filters are windowed cosines and sines; long frames are copied.
 * DFT is a product with the matrix of its roots of unity. Where the length n is a product ``a * b`` it is two smaller
   products (Cooley and Tukey, 1965): with t = i * b + j and k = p + a * q,
 
@@ -26,6 +26,8 @@ _LARGEST = 1 << 24
 """Elements of a matrix of roots, which becomes part of the artifact: 64 MiB in float32."""
 _TWO_STEPS = 128
 """The length from which two smaller products and the transposes around them are faster than one."""
+_FRAMES_TWO_STEPS = 512
+"""The same for frames of a signal."""
 _TYPES = (oir.DataType.FLOAT, oir.DataType.DOUBLE)
 
 
@@ -42,6 +44,10 @@ def stft(node: oir.Node, ops: Ops) -> Outcome:
         return Miss("the step, the length or the window is not constant")
     (n,) = length
     bins = n // 2 + 1 if int_attribute(node, "onesided", 1) else n
+    size, factor = x.shape[1], _factor(n)
+    if factor is not None and n >= _FRAMES_TWO_STEPS and n % step[0] == 0 and isinstance(size, int) and size >= n:
+        frames = (size - n) // step[0] + 1
+        return Rewrite([_frames(ops, x, frames, step[0], factors, (factor, n // factor), bins)])
     if 2 * n * bins > _LARGEST:
         return Miss(f"the filters for frames of {n} would be too large")
     roots = _roots(n, np.arange(n), np.arange(bins), -1)[:, 0]
@@ -78,10 +84,10 @@ def dft(node: oir.Node, ops: Ops) -> Outcome:
     bins = n // 2 + 1 if onesided and not inverse else n
     first = [i for i in range(rank - 1) if i != axis]
     moved = ops("Transpose", x, perm=[*first, axis, rank - 1])
-    step = next((a for a in range(math.isqrt(n), 3, -1) if n % a == 0), None)
+    step = _factor(n)
     dtype = x.dtype.numpy()
     whole = used == given == n and not back
-    if whole and step is not None and n >= _TWO_STEPS and 4 * n * n // step <= _LARGEST:
+    if whole and step is not None and n >= _TWO_STEPS:
         result = _two_steps(ops, moved, others, (step, n // step), complex_parts, bins, inverse, dtype)
     else:
         if 2 * given * complex_parts * bins > _LARGEST:
@@ -98,6 +104,40 @@ def dft(node: oir.Node, ops: Ops) -> Outcome:
         result = ops("Reshape", product, _shape(ops, [*others, bins, 1 if back else 2]))
     order = [*first, axis, rank - 1]
     return Rewrite([ops("Transpose", result, perm=[order.index(i) for i in range(rank)])])
+
+
+def _factor(n: int) -> int | None:
+    """Return the divisor for two steps, at most the root of ``n``; None if there is none or matrices are too large."""
+    factor = next((a for a in range(math.isqrt(n), 3, -1) if n % a == 0), None)
+    return factor if factor is not None and 4 * n * n // factor <= _LARGEST else None
+
+
+def _frames(
+    ops: Ops,
+    x: oir.Value,
+    count: int,
+    step: int,
+    window: np.ndarray | None,
+    sizes: tuple[int, int],
+    bins: int,
+) -> oir.Value:
+    """Return the transforms ``[b, count, bins, 2]`` of frames of ``x [b, t, 1]``, in two steps: a frame is a few pieces
+    of ``step`` values.
+    """
+    assert x.dtype is not None and x.shape is not None
+    dtype, n = x.dtype.numpy(), sizes[0] * sizes[1]
+    batch = x.shape[0] if isinstance(x.shape[0], int) else -1
+    parts = n // step
+
+    def cut(value: oir.Value, begin: int, end: int) -> oir.Value:
+        return ops("Slice", value, *(ops.constant(np.array([v]), "slice") for v in (begin, end, 1)))
+
+    pieces = count + parts - 1
+    lines = ops("Reshape", cut(x, 0, pieces * step), _shape(ops, [batch, pieces, step]))
+    frames = ops("Concat", *(cut(lines, i, i + count) for i in range(parts)), axis=2)
+    if window is not None:
+        frames = ops("Mul", frames, ops.constant(window.astype(dtype), "window"))
+    return _two_steps(ops, frames, [batch, count], sizes, 1, bins, False, dtype)
 
 
 def _two_steps(

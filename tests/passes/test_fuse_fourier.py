@@ -87,6 +87,16 @@ def test_frames(length, onesided, windowed, transform, rng):
     close(found, np.fft.rfft(frames) if onesided else np.fft.fft(frames))
 
 
+@pytest.mark.parametrize("windowed", [True, False])
+def test_long_frames(windowed, transform, rng):
+    x, window = signal(rng, 2, 1500)[..., :1], np.hanning(600).astype(np.float32)
+    text = "(float[b,1500,1] x) => (float[?,?,?,?] y) { y = STFT(x, s, %s, n) }"
+    constants = {"s": np.array(75), "n": np.array(600)} | ({"w": window} if windowed else {})
+    found = transform(text % ("w" if windowed else ""), x, **constants)
+    frames = np.lib.stride_tricks.sliding_window_view(x[..., 0], 600, 1)[:, ::75]
+    close(found, np.fft.rfft(frames * window if windowed else frames))
+
+
 @pytest.mark.parametrize(
     ("text", "constants", "rule", "reason"),
     [
