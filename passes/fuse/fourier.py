@@ -35,14 +35,17 @@ _TYPES = (oir.DataType.FLOAT, oir.DataType.DOUBLE)
 def stft(node: oir.Node, ops: Ops) -> Outcome:
     """STFT-17 of real signals with known step, length and window."""
     x, window = node.inputs[0], input_or_none(node, 2)
-    if x is None or x.shape is None or x.dtype not in _TYPES or x.shape[-1] != 1:
+    if x is None or x.shape is None or x.dtype not in _TYPES or len(x.shape) != 3 or x.shape[-1] != 1:
         return Miss("the signal is complex, or its type is not known")
     step = integers(node.inputs[1])
     factors = constant(window)
-    length = integers(input_or_none(node, 3)) if factors is None else factors.shape
+    stated = input_or_none(node, 3)
+    length = integers(stated) if stated is not None or factors is None else factors.shape
     if step is None or length is None or (window is not None and factors is None):
         return Miss("the step, the length or the window is not constant")
     (n,) = length
+    if n < 1 or step[0] < 1 or (factors is not None and factors.shape != (n,)):
+        return Miss("the step, the length and the window do not fit each other")
     bins = n // 2 + 1 if int_attribute(node, "onesided", 1) else n
     size, factor = x.shape[1], _factor(n)
     if factor is not None and n >= _FRAMES_TWO_STEPS and n % step[0] == 0 and isinstance(size, int) and size >= n:

@@ -107,6 +107,7 @@ def test_long_frames(windowed, transform, rng):
         ("(float[b,t,2] x) => (float[?,?,?,?] y) { y = STFT<onesided=0>(x, s, , s) }", {"s": 8}, STFT, "complex"),
         ("(float[b,t,1] x, float[8] w) => (float[?,?,?,?] y) { y = STFT(x, s, w) }", {"s": 8}, STFT, "not constant"),
         ("(float[b,t,1] x) => (float[?,?,?,?] y) { y = STFT(x, s, , s) }", {"s": 4096}, STFT, "too large"),
+        ("(float[b,t,1] x) => (float[?,?,?,?] y) { y = STFT(x, s, , n) }", {"s": 0, "n": 8}, STFT, "do not fit"),
     ],
 )
 def test_others_stay(text, constants, rule, reason, build):
