@@ -10,8 +10,9 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
@@ -92,11 +93,12 @@ class Ref:
     __slots__ = ("_release", "address")
 
     def __init__(self, address: int) -> None:
-        self._release = library().TVMFFIObjectDecRef
+        self._release = partial(library().TVMFFIObjectDecRef, address)
         self.address = address
 
-    def __del__(self) -> None:
-        self._release(self.address)
+    # What is called when a reference goes must not be Python code: Ctrl-C would be raised there and be lost, since
+    # exceptions of finalizers are ignored. A property gives the interpreter a C function to call instead of a method.
+    __del__ = property(attrgetter("_release"))
 
     @property
     def type_index(self) -> int:
