@@ -58,7 +58,8 @@ def test_as_much_goes_as_fits_and_a_search_goes_on(mlp, samples, tmp_path, capsy
     assert {f["name"]: f["after"] for f in found["families"]} == {"w1": 16, "w2": 32}
     (want,) = OnnxRuntime(optc.optimize(mlp), 1).run({"x": samples[:8]}).values()
     (got,) = OnnxRuntime(optc.optimize(tmp_path / "small.onnx"), 1).run({"x": samples[:8]}).values()
-    np.testing.assert_allclose(got, want, atol=1e-2)
+    # What went had weights of 1e-3 on both sides.
+    np.testing.assert_allclose(got, want, atol=2e-4)
     assert (tmp_path / "p.svg").read_text().startswith("<svg")
 
     def never(*_):
