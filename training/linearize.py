@@ -13,7 +13,8 @@ import numpy as np
 from torch import fx
 
 from optc.errors import UnsupportedModelError
-from optc.passes.partition.chain import Chain, Floats, Weight
+from optc.passes.partition.chain import Chain
+from optc.passes.partition.weights import Floats, Weight
 from optc.training.analysis import Facts, is_random, written
 from optc.training.capture import Program, source_line
 from optc.training.costs import Costs, NodeCost

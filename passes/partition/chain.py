@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from optc.passes.partition.weights import Floats, Weight, WeightBytes
 
-
-@dataclass(frozen=True)
-class Weight:
-    """A parameter or buffer: ``size`` in bytes, the units that read it in increasing order."""
-
-    name: str
-    size: int
-    trainable: bool
-    users: tuple[int, ...]
+_THINNING = 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +40,18 @@ class Chain:
     def seconds(self) -> Floats:
         """Compute of one microbatch, forward and backward, per unit; [N] in seconds."""
         return self.forward + self.backward_input + self.backward_weight
+
+    @cached_property
+    def weight_bytes(self) -> WeightBytes:
+        """Bytes of weights between any two of ``positions()``."""
+        return WeightBytes(self.weights, self.positions())
+
+    @cached_property
+    def thinned(self) -> Chain:
+        """The same chain with one in eight of its legal cuts."""
+        legal = np.zeros_like(self.legal)
+        legal[self.positions()[::_THINNING]] = True
+        return replace(self, legal=legal)
 
     def positions(self) -> npt.NDArray[np.int64]:
         """Both ends and every legal cut, increasing."""

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from optc.errors import PartitionError
 from optc.passes.partition.balance import balance, equal_layer_cuts, lower_bound
-from optc.passes.partition.chain import Chain, Device, Link, Weight, segments
+from optc.passes.partition.chain import Chain, Device, Link, segments
 from optc.passes.partition.coarsen import coarsen
+from optc.passes.partition.dynamic import crossing_seconds
 from optc.passes.partition.memory import MemoryModel
 from optc.passes.partition.split import split, stage_seconds
+from optc.passes.partition.weights import Weight
 
 
 def chain_of(seconds, *, sent=None, saved=None, legal=None, weights=()):
@@ -77,6 +79,55 @@ def test_the_split_equals_brute_force(seed):
     assert found.bottleneck == pytest.approx(expected, rel=1e-9)
     for (a, b), live, device in zip(segments(found.cuts, len(chain.names)), in_flight, devices, strict=True):
         assert memory.total(chain, a, b, live) <= device.memory * (1 + 1e-9)
+
+
+def recursion(chain, devices, link, in_flight, memory):
+    """The time of the slowest stage by the plain recursion over all pairs of positions."""
+    positions = [int(p) for p in chain.positions()]
+    crossing = crossing_seconds(chain, link)
+    best = {0: 0.0}
+    for live, device in zip(in_flight, devices, strict=True):
+        reached = {}
+        for before, value in best.items():
+            for at in positions:
+                if at <= before or memory.total(chain, before, at, live) > device.memory:
+                    continue
+                time = chain.seconds[before:at].sum() / device.speed + crossing[before] + crossing[at]
+                reached[at] = min(reached.get(at, np.inf), max(value, time))
+        best = reached
+    return best.get(positions[-1], np.inf)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_bounds_leave_out_is_never_the_best(seed):
+    """Chains long enough that a thinner one bounds them; memory between plenty and too little."""
+    rng = np.random.default_rng(seed)
+    chain = random_chain(rng, 95)
+    assert len(chain.positions()) > 64
+    devices = [
+        Device(float(rng.choice([0.5, 1.0, 2.0])), float(rng.uniform(1e3, 1.2e4)) if seed % 4 else np.inf)
+        for _ in range(4)
+    ]
+    link = Link(latency=float(rng.random() * 0.2), bandwidth=float(rng.uniform(50, 5000)))
+    in_flight = [int(v) for v in rng.integers(1, 5, size=4)]
+    memory = MemoryModel(state=4.0, microbatches=int(rng.integers(1, 5)), recompute=bool(rng.integers(0, 2)))
+    expected = recursion(chain, devices, link, in_flight, memory)
+    if not np.isfinite(expected):
+        with pytest.raises(PartitionError):
+            split(chain, devices, link, in_flight=in_flight, memory=memory)
+        return
+    found = split(chain, devices, link, in_flight=in_flight, memory=memory)
+    assert found.bottleneck == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("stages", [10, 40, 79, 80])
+def test_nearly_as_many_stages_as_units(stages):
+    """A thinner chain cannot be cut into as many, so there is no bound."""
+    seconds = np.random.default_rng(stages).random(80)
+    found = split(chain_of(seconds, saved=np.ones(80)), [Device(memory=50.0)] * stages)
+    assert len(found.cuts) == stages - 1
+    assert found.bottleneck >= max(seconds.max(), seconds.sum() / stages) * (1 - 1e-9)
+    assert stages < 79 or found.bottleneck <= 2 * seconds.max()
 
 
 def test_cuts_are_legal_only():
