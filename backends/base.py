@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,10 @@ class Caches:
 
     l1: int = 32 * 1024
     l2: int = 256 * 1024
+
+
+_HALVED = "znver4|cannonlake|icelake-client|tigerlake|rocketlake"
+"""CPUs, by LLVM's names, whose two units of 256 bits make one of 512."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class Target:
     def addresses(self) -> int:
         """The number of addresses that an inner loop keeps in general registers: half of them."""
         return 8 if self.triple.startswith("x86_64") else 15
+
+    @property
+    def multipliers(self) -> int:
+        """How many full vectors of floats are multiplied in a cycle: two, where they take no two halves of a unit."""
+        return 1 if self.vector_bits == 512 and re.match(_HALVED, self.cpu) else 2
 
     @property
     def fuses(self) -> bool:

@@ -31,6 +31,8 @@ _TASKS = 8
 """Tasks to make where there is work for them: they divide evenly among 2, 4 or 8 threads."""
 _TASK_WORK = 200_000
 """Multiply-adds below which a task is not worth its own thread."""
+_LINE = 64
+"""Bytes of a cache line."""
 _CHUNK_ROWS = 64
 """Rows that a chunk has room for at least: k is cut into blocks so that they fit."""
 
@@ -40,11 +42,15 @@ def far(size: int, target: Target) -> bool:
     return size > target.caches.l2 // 2
 
 
-def prefetch(element: Any) -> Any:
-    """Return the instruction that moves the cache line of ``element`` to the second-level cache."""
-    address = tirx.address_of(element)
+def prefetch(view: Any, start: Any, count: int) -> Any:
+    """Return the statement that moves ``count`` elements of a flat buffer to the second-level cache."""
     read, locality, data = (tirx.const(v, "int32") for v in (0, 2, 1))
-    return tirx.call_intrin("void", "tirx.prefetch", address, read, locality, data)
+
+    def line(at: int) -> Any:
+        address = tirx.address_of(load(view, start + at))
+        return tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, locality, data))
+
+    return sequence(*(line(at) for at in range(0, count, _LINE * 8 // bits(str(view.dtype)))))
 
 
 @dataclass(frozen=True)
@@ -246,7 +252,7 @@ class PackedGenerator:
         view = self.reader.flatten(tirx.BufferLoad(operand, [loops.index(0)] * len(operand.shape)), []).source
         place = loops.loads(first)[0].indices[0]
         before = block.begin * self.inner * (self.nr - step)
-        return lambda k: tirx.Evaluate(prefetch(load(view, start + k * step))), [
+        return lambda k: prefetch(view, start + k * step, step), [
             tirx.Bind(start, place + before + r * (self.step * self.inner * step))
         ]
 

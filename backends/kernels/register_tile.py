@@ -33,7 +33,7 @@ def most_rows(vectors: int, target: Target) -> int:
 
 def multiply_adds(target: Target) -> int:
     """Return how many vectors of products are added in a cycle."""
-    return _PORTS if target.fuses else 1
+    return target.multipliers if target.fuses else 1
 
 
 def cycles(rows: int, vectors: int, target: Target) -> float:
@@ -65,10 +65,13 @@ def _all_cycles(height: int, rows: int, depth: int | None, vectors: int, target:
     return -(-rows // height) * ((depth or _DEPTH) * cycles(height, vectors, target) + _OVERHEAD)
 
 
-def tile_vectors(rows: int | None, depth: int, columns: int, lane_count: int, target: Target) -> int:
+def tile_vectors(
+    rows: int | None, depth: int, columns: int, lane_count: int, target: Target, *, padded: bool = False
+) -> int:
     """Return how many vectors of columns make a tile, 1 to 4, for a product of ``rows`` x ``depth`` x ``columns``.
 
-    The knob ``vectors``. The last tile of a row may have fewer; its height is that of the others.
+    The knob ``vectors``. The last tile of a row may have fewer, but if ``padded`` it is computed as the others are;
+    its height is theirs.
     """
     vectors = -(-columns // lane_count)
     many = rows or 4 * _MOST_ROWS * 5 * 7
@@ -76,7 +79,7 @@ def tile_vectors(rows: int | None, depth: int, columns: int, lane_count: int, ta
     def total(width: int) -> float:
         height = tile_rows(rows, depth, width, target)
         whole, rest = divmod(vectors, width)
-        widths = [width] * whole + ([rest] if rest else [])
+        widths = [width] * whole + ([width if padded else rest] if rest else [])
         return -(-many // height) * sum(depth * cycles(height, w, target) + _OVERHEAD for w in widths)
 
     widths = range(min(4, vectors), 0, -1)

@@ -72,19 +72,20 @@ def choose(height: Any, width: Any, depth: int, maps: int, target: Target) -> in
     products_in_a_cycle = register_tile.multiply_adds(target) * lanes
     # Bytes of intermediate values that one core moves through its caches in a cycle: half a vector.
     moved_in_a_cycle = target.vector_bits / 16
-    if depth < 2 * lanes or maps < 2 * lanes:
+    if depth < lanes or maps < lanes:
         return None
+    panels = -(-maps // lanes) * lanes
     rows, columns = static(height) or _LARGE, static(width) or _LARGE
 
     def cycles(m: int) -> float:
         area, tiles = (m + 2) ** 2, -(-rows // m) * -(-columns // m)
-        products = area * tiles * depth * maps / products_in_a_cycle
+        products = area * tiles * depth * panels / products_in_a_cycle
         weights = area * depth * maps * 4 / _FETCH_BYTES
         # Each transform touches every value of a tile about three times.
         moved = area * tiles * (depth + maps) * 4 * 3 / moved_in_a_cycle
         return max(products, weights) + moved
 
-    direct = max(rows * columns * 9 * depth * maps / products_in_a_cycle, 9 * depth * maps * 4 / _FETCH_BYTES)
+    direct = max(rows * columns * 9 * depth * panels / products_in_a_cycle, 9 * depth * maps * 4 / _FETCH_BYTES)
     costs = {0: direct, 2: cycles(2), 4: cycles(4)}
     return decide("winograd", min(costs, key=lambda m: costs[m]), costs, lambda m: costs[m]) or None
 

@@ -242,7 +242,7 @@ class _Generator:
                     right = load(view, start + c * self.panel + spot + o)
                     return store(acc[i], spot + o, load(acc[i], spot + o) + left * right)
 
-                fetch = tirx.Evaluate(prefetch(load(view, ahead + c * step))) if self.far else None
+                fetch = prefetch(view, ahead + c * step, step) if self.far else None
                 return sequence(fetch, *(self.reader.lanewise(lanes, partial(lane, *spot)) for spot in spots))
 
             def put(i: int, spot: int, o: Any) -> Any:

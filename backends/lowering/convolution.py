@@ -153,7 +153,7 @@ def _winograd(site: Site, weights: np.ndarray, geometry: Windows, m: int, core: 
     x = site.check_equal(site.last(0), permuted([shape[0], depth, *shape[2:]], channels_last(4)))
     height, width = geometry.out
     rows = static_product([shape[0], ceildiv(height, m), ceildiv(width, m)])
-    panel = panel_width(site, max(rows, few_rows.ROWS + 1) if rows else None, depth, maps, "float32")
+    panel = panel_width(site, max(rows, few_rows.ROWS + 1) if rows else None, depth, maps, "float32", padded=True)
     filters = winograd.transform_filters(weights, m)
     u = site.weight(np.stack([contraction.pack_columns(f, panel) for f in filters]), f"winograd{m}")
     tables = [relax.const(table[m].astype(np.float32)) for table in (winograd.INPUT, winograd.OUTPUT)]

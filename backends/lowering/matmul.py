@@ -144,12 +144,12 @@ def _factors(site: Site, a: Any, rows: Any, *, trans_a: bool, trans_b: bool) -> 
     return partial(contraction.packed_matmul, n=columns, notes=annotation(core, layout.decisions)), [weight]
 
 
-def panel_width(site: Site, rows: int | None, depth: int, columns: int, dtype: str) -> int:
-    """Return how many columns of a constant operand make a panel."""
+def panel_width(site: Site, rows: int | None, depth: int, columns: int, dtype: str, *, padded: bool = False) -> int:
+    """Return how many columns of a constant operand make a panel; ``padded`` is that of ``tile_vectors``."""
     lanes = site.target.lanes(bits(contraction.accumulator(dtype)))
     if rows is not None and rows <= few_rows.ROWS:
         return few_rows.VECTORS * lanes
-    return lanes * register_tile.tile_vectors(rows, depth, columns, lanes, site.target)
+    return lanes * register_tile.tile_vectors(rows, depth, columns, lanes, site.target, padded=padded)
 
 
 def static_product(sizes: Sequence[Any]) -> int | None:

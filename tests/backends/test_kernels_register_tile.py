@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from optc.backends.cpu.target import resolve
 from optc.backends.kernels import register_tile
 
-TARGETS = ["nehalem", "sandybridge", "haswell", "skylake-avx512", "aarch64", "riscv64"]
+TARGETS = ["nehalem", "sandybridge", "haswell", "skylake-avx512", "znver4", "aarch64", "riscv64"]
 sizes = st.integers(1, 3000)
 
 
@@ -51,3 +51,16 @@ def test_large_products_keep_the_ports_busy(name):
     height = register_tile.tile_rows(None, 512, vectors, target)
     products = height * vectors / register_tile.multiply_adds(target)
     assert register_tile.cycles(height, vectors, target) == products
+
+
+def test_a_panel_that_is_always_computed_whole_is_not_wider_than_it_pays():
+    target = resolve("znver4")
+    lanes = target.lanes(32)
+    alone = register_tile.tile_vectors(16, 256, 256, lanes, target)
+    padded = register_tile.tile_vectors(16, 256, 256, lanes, target, padded=True)
+    assert 16 % alone
+    assert 16 % padded == 0
+
+
+def test_halves_of_a_unit_are_one_multiplier():
+    assert [resolve(name).multipliers for name in ("znver4", "znver5", "icelake-server", "haswell")] == [1, 2, 2, 2]

@@ -41,6 +41,12 @@ def test_fixed_sizes(check, height, width):
     run(check, 20, 19, (2, 19, height, width), size=f"2, D, {height}, {width}")
 
 
+def test_few_channels_take_it_too(check):
+    lanes = CPU.lanes(32)
+    assert winograd.choose(40, 40, lanes, lanes + 1, CPU) == 4
+    run(check, lanes + 1, lanes, (1, lanes, 40, 40), size=f"1, {lanes}, 40, 40")
+
+
 def test_one_kernel_serves_every_size(check):
     run(check, 16, 24, (1, 24, 5, 6), (1, 24, 61, 60), (3, 24, 4, 4), (1, 24, 1, 17))
 
