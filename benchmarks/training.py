@@ -60,6 +60,9 @@ def simulator(models: list[str]) -> list[dict]:
         for result in results:
             result["model"], result["error"] = model, result["simulated"] / result["measured"] - 1
             print(f"{model} {result['choice']}: measured {result['measured'] * 1e3:.0f} ms, {result['error']:+.1%}")
+        for key in ("measured", "simulated"):
+            order = (result["choice"].split(":")[2] for result in sorted(results, key=lambda result: result[key]))
+            print(f"{model} {key}, fastest first: {', '.join(order)}")
         found += results
     return found
 

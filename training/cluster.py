@@ -6,6 +6,7 @@
     bandwidth = 1e9            # bytes per second between neighbours
     reduce_bandwidth = 1e9     # the same while replicas sum their gradients, if that is less
     latency = 50e-6            # seconds a message
+    overhead = 5e-4            # seconds that the runtime adds to each forward or backward action of a pipeline
     batch = 64                 # samples of a step on all devices together
 
 ``pp``, ``dp``, ``schedule``, ``microbatches``, ``recompute`` and ``data_parallel`` fix what else is chosen.
@@ -28,6 +29,7 @@ from optc.training import schedules
 # Between processes of one machine over gloo; what is planned with them says that they were assumed.
 ASSUMED_LATENCY = 50e-6
 ASSUMED_BANDWIDTH = 1e9
+ASSUMED_OVERHEAD = 5e-4
 DATA_PARALLEL = ("ddp", "fsdp")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -42,6 +44,7 @@ class Cluster:
     latency: float | None = None
     bandwidth: float | None = None
     reduce_bandwidth: float | None = None
+    overhead: float | None = None
     pp: int | None = None
     dp: int | None = None
     schedule: str | None = None
@@ -56,6 +59,11 @@ class Cluster:
         latency = ASSUMED_LATENCY if self.latency is None else self.latency
         return Link(latency, ASSUMED_BANDWIDTH if self.bandwidth is None else self.bandwidth)
 
+    @property
+    def action_overhead(self) -> float:
+        """What the runtime takes for each action of a pipeline besides its operators, in seconds."""
+        return ASSUMED_OVERHEAD if self.overhead is None else self.overhead
+
     def reduction_seconds(self, size: float, dp: int, passes: float) -> float:
         """Time that ``dp`` ranks take to exchange ``size`` bytes each in a ring, ``passes`` times around."""
         bandwidth = self.reduce_bandwidth or self.link.bandwidth
@@ -69,7 +77,7 @@ class Cluster:
 
 _INTEGERS = ("devices", "pp", "dp", "microbatches", "batch")
 _LINK = ("latency", "bandwidth", "reduce_bandwidth")
-_KEYS = (*_INTEGERS, "memory", "speeds", *_LINK, "schedule", "recompute", "data_parallel")
+_KEYS = (*_INTEGERS, "memory", "speeds", *_LINK, "overhead", "schedule", "recompute", "data_parallel")
 
 
 def read(source: Cluster | Mapping[str, Any] | str | os.PathLike[str]) -> Cluster:
@@ -114,6 +122,7 @@ def _parse(content: Mapping[str, Any], where: str) -> Cluster:
         latency=_number(values.pop("latency", None), f"{where}: latency", zero=True),
         bandwidth=_number(values.pop("bandwidth", None), f"{where}: bandwidth"),
         reduce_bandwidth=_number(values.pop("reduce_bandwidth", None), f"{where}: reduce_bandwidth"),
+        overhead=_number(values.pop("overhead", None), f"{where}: overhead", zero=True),
         schedule=None if schedule is None else schedules.find(str(schedule)).name,
         **values,
     )

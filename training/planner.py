@@ -159,10 +159,11 @@ def _evaluate(
     memory = MemoryModel(state, microbatches if pp > 1 else 0, choice.recompute)
     devices = [per_rank[schedule.rank_of(stage, pp)] for stage in range(count)]
     found, needed = _fit(chain, cluster, devices, ranks, schedule, pp, memory, splits)
-    times = _times(chain, cluster, found, devices, choice.recompute)
+    times = _times(chain, cluster, found, devices, schedule, choice.recompute)
     if schedule.splits_backward and pp > 1:
         # torch computes all gradients of the first stage together, when those of its weights are due.
-        times = (replace(times[0], backward_input=0.0, backward_weight=_backward(times[0])), *times[1:])
+        whole = _backward(times[0]) - cluster.action_overhead
+        times = (replace(times[0], backward_input=0.0, backward_weight=whole), *times[1:])
     timeline = simulate(schedule, pp, microbatches, times)
     reduction = 0.0
     if dp > 1:
@@ -250,21 +251,23 @@ def _needed(
 
 
 def _times(
-    chain: Chain, cluster: Cluster, found: Split, devices: Sequence[Device], recompute: bool
+    chain: Chain, cluster: Cluster, found: Split, devices: Sequence[Device], schedule: Schedule, recompute: bool
 ) -> tuple[StageTimes, ...]:
     link = cluster.link
+    overhead = cluster.action_overhead if len(devices) > 1 else 0.0
     times = []
     for (start, stop), device in zip(segments(found.cuts, len(chain.names)), devices, strict=True):
         forward = float(chain.forward[start:stop].sum()) / device.speed
         backward = float(chain.backward_input[start:stop].sum()) / device.speed
+        weights = float(chain.backward_weight[start:stop].sum()) / device.speed
         last = stop == len(chain.names)
         # Gradients answer the tensors that want them; the rest of the messages go forward alone.
         messages = 0.0 if last else float(chain.messages[stop])
         times.append(
             StageTimes(
-                forward,
-                backward + (forward if recompute else 0.0),
-                float(chain.backward_weight[start:stop].sum()) / device.speed,
+                forward + overhead,
+                backward + (forward if recompute else 0.0) + overhead,
+                weights + (overhead if schedule.splits_backward else 0.0),
                 0.0 if last else link.seconds(float(chain.sent[stop]), math.ceil(messages / 2)),
                 0.0 if last else link.seconds(float(chain.returned[stop]), math.floor(messages / 2)),
             )

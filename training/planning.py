@@ -23,6 +23,7 @@ from optc.training.capture import Program, capture, source_line
 from optc.training.cluster import Cluster
 from optc.training.costs import Costs, measure
 from optc.training.linearize import Layout, linearize
+from optc.training.overhead import measure_overhead
 from optc.training.planner import Candidate, Search
 from optc.training.roofline import estimate
 from optc.training.schedules import Schedule, find
@@ -155,7 +156,7 @@ def plan(
     if not distributed.launched():
         return _plan(module, example_inputs, described, costs, optimizer_state, model)
     distributed.initialize()
-    described = _with_measured_link(described)
+    described = _with_measured(described)
     return _agreed(module, lambda: _plan(module, example_inputs, described, costs, optimizer_state, model))
 
 
@@ -197,7 +198,10 @@ def _agreed(module: torch.nn.Module, make: Callable[[], Plan]) -> Plan:
     return replace(plan, layout=plan.bind(module), module=module)
 
 
-def _with_measured_link(cluster: Cluster) -> Cluster:
+def _with_measured(cluster: Cluster) -> Cluster:
+    """Measure what is left open between ranks; collective."""
+    if cluster.overhead is None:
+        cluster = replace(cluster, overhead=measure_overhead())
     if cluster.latency is not None and cluster.bandwidth is not None:
         return cluster
     latency, bandwidth, reduce_bandwidth = distributed.measure_link()
@@ -292,6 +296,8 @@ def _report(layout: Layout, costs: Costs, cluster: Cluster, found: Search) -> li
     if cluster.latency is None or cluster.bandwidth is None:
         link = cluster.link
         lines.append(f"assumed between ranks: {link.latency * 1e6:.0f} us and {link.bandwidth / 1e9:.1f} GB/s")
+    if cluster.overhead is None and best.pp > 1:
+        lines.append(f"assumed of the runtime: {cluster.action_overhead * 1e6:.0f} us for each action")
     lines.append(f"bubble {100 * float(best.timeline.bubble):.1f} %, reduction over dp {best.reduction * 1e3:.2f} ms")
     for rank, need in enumerate(best.memory):
         lines.append(f"rank {rank}: {need / 2**20:.1f} MiB, computes {float(best.timeline.busy(rank)) * 1e3:.2f} ms")

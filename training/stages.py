@@ -35,18 +35,20 @@ class _Boundary(torch.autograd.Function):
         return in_memory(gradients[0])
 
 
-def _enter(tensor: torch.Tensor) -> torch.Tensor:
+def enter(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of what a stage receives; its gradient is made fit to be sent."""
     result: torch.Tensor = _Boundary.apply(tensor) if tensor.requires_grad else tensor.clone()
     return result
 
 
-def _leave(tensor: torch.Tensor) -> torch.Tensor:
+def leave(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of what a stage sends."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _finish(tensor: torch.Tensor) -> torch.Tensor:
     # FSDP cannot watch over views; a product of three dimensions is one, too.
-    return _leave(tensor) if tensor._is_view() else tensor
+    return leave(tensor) if tensor._is_view() else tensor
 
 
 class Stage(torch.nn.Module):
@@ -175,7 +177,7 @@ def _graph(
     changed = {leaf.storage for unit in units for target in written(unit) for leaf in layout.facts[target].leaves}
     for node in sources:
         if not first or any(leaf.storage in changed for leaf in layout.facts[node].leaves):
-            copies[node] = graph.call_function(_enter, (copies[node],))
+            copies[node] = graph.call_function(enter, (copies[node],))
 
     def copy_of(node: fx.Node) -> fx.Node:
         if node not in copies:
@@ -190,7 +192,7 @@ def _graph(
             copies[unit] = graph.call_module(f"random_{unit.name}", args, kwargs)
         else:
             copies[unit] = graph.node_copy(unit, copy_of)
-    results = [graph.call_function(_finish if last else _leave, (copy_of(node),)) for node in targets]
+    results = [graph.call_function(_finish if last else leave, (copy_of(node),)) for node in targets]
     graph.output(tuple(results) if len(results) > 1 else results[0])
     graph.lint()
     return graph, modules

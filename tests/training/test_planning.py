@@ -92,6 +92,19 @@ def test_slow_reductions_keep_replicas_apart(gpt, costs):
     assert slow.reduction == pytest.approx(2 * 3 / 4 * weights / 1e8 + 6e-4)
 
 
+def test_the_runtime_takes_its_time_for_every_action(gpt, costs):
+    def seconds(pp, schedule, overhead):
+        fixed = {"pp": pp, "dp": 1, "schedule": schedule, "microbatches": 8, "recompute": False, "latency": 0}
+        return plan(*gpt, fixed | {"overhead": overhead}, costs=costs).best.timeline.seconds
+
+    # 0.1 s hides what the stages themselves take: (microbatches + pp - 1) pairs of actions.
+    assert seconds(2, "GPipe", 0.1) == pytest.approx(9 * 2 * 0.1, rel=0.01)
+    assert seconds(2, "1F1B", 0.1) == pytest.approx(9 * 2 * 0.1, rel=0.01)
+    # Two stages a rank and three actions each; the first stage has its gradients in one.
+    assert seconds(2, "ZBV", 0.1) >= 8 * 5 * 0.1
+    assert seconds(1, "1F1B", 0.1) == seconds(1, "1F1B", 0.0)
+
+
 def test_memory_forces_a_pipeline(gpt, costs):
     whole = plan(*gpt, {"devices": 4, "pp": 1}, costs=costs).best.memory[0]
     made = plan(*gpt, {"devices": 4, "memory": whole * 0.7}, costs=costs)
@@ -203,7 +216,16 @@ def test_costs_survive_their_file_and_belong_to_one_model(gpt, costs, tmp_path):
 
 def test_the_report_says_why_and_what_else(gpt, costs):
     text = plan(*gpt, {"devices": 4}, costs=costs).explain()
-    for part in ("ms a step", "assumed between ranks", "bubble", "lower bound", "instead,", "per sample"):
+    text += plan(*gpt, {"pp": 4, "dp": 1}, costs=costs).explain()
+    for part in (
+        "ms a step",
+        "assumed between ranks",
+        "assumed of the runtime",
+        "bubble",
+        "lower bound",
+        "instead,",
+        "per sample",
+    ):
         assert part in text
 
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 import training_models as models
 
-from optc.training import Trainer, plan
+from optc.training import Trainer, distributed, plan
+from optc.training.overhead import measure_overhead
 
 MICROBATCHES, SIZE = 8, 2
 
@@ -55,12 +56,13 @@ def worst(found, wanted):
     )
 
 
-def run(case, steps):
+def run(case, steps, overhead):
     name, pp, dp, schedule, kind = case.split(":")
     pp, dp = int(pp), int(dp)
     microbatches = MICROBATCHES // dp
     module, inputs, targets, loss_fn = models.build(name, MICROBATCHES * SIZE)
     cluster = {"pp": pp, "dp": dp, "schedule": schedule, "microbatches": microbatches, "data_parallel": kind}
+    cluster["overhead"] = overhead
     # Two stages on one device would not be split by speed alone: any costs do, as long as all ranks agree.
     made = plan(module, tuple(tensor[:SIZE] for tensor in inputs), cluster, costs="roofline")
     trainer = Trainer(module, loss_fn, made, make_optimizer, timeout=500)
@@ -98,7 +100,11 @@ def run(case, steps):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    distributed.initialize()
+    overhead = measure_overhead()
+    assert 1e-6 < overhead < 0.1
+    assert distributed.agree(overhead) == overhead
     for case in sys.argv[1:]:
-        result = run(case, int(os.environ.get("STEPS", "20")))
+        result = run(case, int(os.environ.get("STEPS", "20")), overhead)
         if result is not None:
             print(json.dumps(result), flush=True)
