@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 from torch import fx
 
 from optc.errors import UnsupportedModelError
@@ -175,24 +176,30 @@ def _derived(program: Program, facts: dict[fx.Node, Facts]) -> frozenset[fx.Node
 
 def _legal(layout: Layout) -> tuple[bool, ...]:
     count = len(layout.units)
-    legal = np.ones(count + 1, bool)
-    gradients = np.zeros(count + 1, np.int64)
-    for node, at in layout.position.items():
-        low, high = at + 1, min(layout.last_use[node], count)
-        value = layout.facts[node].value
-        if value is None:
-            legal[low : high + 1] = False  # tuples are taken apart in the stage that makes them
-        elif value.requires_grad:
-            gradients[low : high + 1] += 1
     # A cut that no gradient crosses leaves nothing for the stages before it to learn from.
-    legal &= gradients > 0
-    for low, high in _writing_spans(layout):
+    legal = gradients_crossing(layout) > 0
+    for node, at in layout.position.items():
+        if layout.facts[node].value is None:
+            # Tuples are taken apart in the stage that makes them.
+            legal[at + 1 : min(layout.last_use[node], count) + 1] = False
+    for low, high in writing_spans(layout):
         legal[low : high + 1] = False
     legal[0] = legal[-1] = True
     return tuple(bool(value) for value in legal)
 
 
-def _writing_spans(layout: Layout) -> list[tuple[int, int]]:
+def gradients_crossing(layout: Layout) -> npt.NDArray[np.int64]:
+    """How many tensors with a gradient cross each cut; [N + 1]."""
+    count = len(layout.units)
+    gradients = np.zeros(count + 1, np.int64)
+    for node, at in layout.position.items():
+        value = layout.facts[node].value
+        if value is not None and value.requires_grad:
+            gradients[at + 1 : min(layout.last_use[node], count) + 1] += 1
+    return gradients
+
+
+def writing_spans(layout: Layout) -> list[tuple[int, int]]:
     """Positions that must not be cut because memory written on one side is read or written on the other."""
     first: dict[int, int] = {}
     last_write: dict[int, int] = {}

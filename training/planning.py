@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from optc.errors import OptcError, TrainingError, UsageError
+from optc.errors import OptcError, PartitionError, TrainingError, UsageError
 from optc.passes.partition.balance import balance
 from optc.passes.partition.chain import segments
 from optc.training import cluster as clusters
@@ -23,6 +23,7 @@ from optc.training.capture import Program, capture, source_line
 from optc.training.cluster import Cluster
 from optc.training.costs import Costs, measure
 from optc.training.linearize import Layout, linearize
+from optc.training.obstacles import obstacles
 from optc.training.overhead import measure_overhead
 from optc.training.planner import Candidate, Search
 from optc.training.roofline import estimate
@@ -231,7 +232,10 @@ def _plan(
     described = _with_possible_sharding(described, module)
     if described.devices > 1:
         _refuse_sparse(layout)
-    found = planner.search(chain, described, samples, optimizer_state)
+    try:
+        found = planner.search(chain, described, samples, optimizer_state)
+    except PartitionError as error:
+        raise PartitionError("\n".join([error.message, *obstacles(layout)]), hint=error.hint) from error
     best = found.candidates[0]
     return Plan(
         fingerprint=program.fingerprint(),
