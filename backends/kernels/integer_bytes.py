@@ -3,9 +3,9 @@
     for (batch, strip of rows, chunk of columns):        parallel
         strip[rows, K] = bytes of the row operand
         for column tile of the chunk:
-            first[16] -= sums of the columns times what rows have too much
+            first[NR] -= sums of the columns times what rows have too much
             for row tile of the strip:
-                acc[MR, 16] = first + sum over quads of depths of strip * columns         registers
+                acc[MR, NR] = first + sum over quads of depths of strip * columns         registers
                 out = epilogue(acc)
 
 ``pmaddubsw`` of x86 adds pairs of products in 16 bits and saturates. For given columns it is exact for bytes in the
@@ -127,17 +127,17 @@ class ByteProduct(Product):
             *(put(first, v, lanes, vector_at(first, v, lanes) - vector_at(totals, v, lanes)) for v in vectors),
         )
 
-    def _products(self, rows: Any, i: Any, columns: Any, origin: Any, width: Width) -> tuple[Any, Any]:
-        """Return the statement that computes the register tile of row tile ``i``, and the tile's buffer."""
+    def _products(self, rows: Any, i: Any, columns: Any, origin: Any, width: Width) -> tuple[Any, list[Any]]:
+        """Return the statement that computes the register tile of row tile ``i``, and the buffers of its rows."""
         lanes, nr = self.dot.lanes, self.nr
-        acc, allocate = loops.scratch("acc", self.mr * nr, "int32")
+        acc, allocate = loops.tile("acc", self.mr, nr, "int32")
         vectors = [(u, v) for u in range(self.mr) for v in range(0, width.computed, lanes)]
         named, bases = self._bases(i * self.mr)
         start = self.epilogue.first
 
         def add(u: int, v: int, word: Any, at: Any, adds: Any = self.dot.add) -> Any:
             column = vector_at(columns, at + v * QUAD, QUAD * lanes)
-            return put(acc, u * nr + v, lanes, adds(vector_at(acc, u * nr + v, lanes), word, column))
+            return put(acc[u], v, lanes, adds(vector_at(acc[u], v, lanes), word, column))
 
         def add_left(u: int, v: int, word: Any, at: Any) -> Any:
             return add(u, v, word, origin + at, self.byte_dot.add_signed if self.moved else self.byte_dot.add)
@@ -155,8 +155,8 @@ class ByteProduct(Product):
 
                     def update(u: int, v: int) -> Any:
                         pair = [vector_at(columns, at + v * QUAD, QUAD * lanes) for at in ats]
-                        total = vector_at(acc, u * nr + v, lanes)
-                        return put(acc, u * nr + v, lanes, self.byte_dot.add_two(total, words[u], pair))
+                        total = vector_at(acc[u], v, lanes)
+                        return put(acc[u], v, lanes, self.byte_dot.add_two(total, words[u], pair))
 
                     return sequence(*(update(u, v) for u, v in vectors))
 
@@ -174,25 +174,31 @@ class ByteProduct(Product):
             begin = origin + g * (self.run * nr)
             return bind("offset", self.rows.offset(g), lambda o: bind("begin", begin, lambda p: steps(o, p)))
 
-        begin = [put(acc, u * nr + v, lanes, vector_at(start, v, lanes)) for u, v in vectors]
+        begin = [put(acc[u], v, lanes, vector_at(start, v, lanes)) for u, v in vectors]
         whole = loop("tap", self.rows.taps, tap)
         if self.lists is not None:
             whole = sequence(whole, self.lists.each(i, vectors, add_left))
             if self.lists.dense is not None:
                 words = self._words(self.lists.dense, bases, acc, vectors, columns, origin)
                 whole = tirx.IfThenElse(load(self.lists.dense.many, 0) != 0, words, whole)
-        return sequence(named, allocate, *begin, whole), acc
+        return sequence(named, *allocate, *begin, whole), acc
 
     def _words(
-        self, dense: Dense, bases: Any, acc: Any, vectors: Sequence[tuple[int, int]], columns: Any, origin: Any
+        self,
+        dense: Dense,
+        bases: Any,
+        acc: Sequence[Any],
+        vectors: Sequence[tuple[int, int]],
+        columns: Any,
+        origin: Any,
     ) -> Any:
         """Return the products of a register tile from the strip in 16 bits."""
-        places = [(u * self.nr + v, v, bases[u]) for u, v in vectors]
+        places = [(acc[u], v, bases[u]) for u, v in vectors]
 
         def tap(g: Any) -> Any:
             def step(k: Any) -> Any:
                 quad = origin + (g * self.run + k * QUAD) * self.nr
-                return dense.add(acc, places, self.rows.offset(g) + k * QUAD, columns, quad)
+                return dense.add(places, self.rows.offset(g) + k * QUAD, columns, quad)
 
             return loop("k", self.run // QUAD, step)
 

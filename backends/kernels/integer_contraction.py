@@ -2,8 +2,8 @@
 
 A product is one reduction block ``acc += (row - row_zero) * column``, annotated for ``integer_schedule.py``. Without
 that schedule the block is ordinary TE. Constant columns have their zero point subtracted while compiling and are
-packed as ``[N/16, K/2, 16, 2]`` or ``[N/16, K/4, 16, 4]``: the factors that one lane of a multiply-add instruction
-takes lie next to each other.
+packed as ``[N/B, K/2, B, 2]`` or ``[N/B, K/4, B, 4]``: the factors that one lane of a multiply-add instruction takes
+lie next to each other. A block is B columns, 16 or two vectors of sums.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
+from optc.backends.base import Target
 from optc.backends.kernels.contraction import broadcast
 
 TEMPLATE = "integer_contraction"
 COLUMN_BLOCK = 16
-"""Columns packed together."""
+"""Columns packed together, at least."""
 PAIR = 2
 QUAD = 4
 """Depths packed together: two int16 or four bytes for one lane of an instruction."""
@@ -27,6 +28,12 @@ PANEL_DEPTH = 1024
 
 Read = Any
 """A function of an index that returns an int32 expression."""
+
+
+def column_block(target: Target, columns: int | None) -> int:
+    """Return how many columns are packed together: two vectors of sums, if there are more than one has (None: many)."""
+    lanes = target.lanes(32)
+    return max(COLUMN_BLOCK, 2 * lanes if columns is None or columns > lanes else lanes)
 
 
 def split_depth(depth: int, group: int) -> tuple[int, int]:
@@ -38,8 +45,8 @@ def split_depth(depth: int, group: int) -> tuple[int, int]:
     return chunks, max(1, -(-depth // (chunks * block))) * block
 
 
-def pack_columns(matrix: np.ndarray, group: int = PAIR) -> np.ndarray:
-    """Pack integers ``[K, N]`` or ``[T, K, N]`` into ``[ceil(N/16), T * K'/group, 16, group]``, zero-padded.
+def pack_columns(matrix: np.ndarray, group: int = PAIR, block: int = COLUMN_BLOCK) -> np.ndarray:
+    """Pack integers ``[K, N]`` or ``[T, K, N]`` into ``[ceil(N/block), T * K'/group, block, group]``, zero-padded.
 
     ``K'`` is what ``split_depth`` makes of K. The result is int8 if that holds all values, else int16. Raises
     OverflowError for values beyond int16.
@@ -47,10 +54,10 @@ def pack_columns(matrix: np.ndarray, group: int = PAIR) -> np.ndarray:
     runs = matrix.reshape(-1, *matrix.shape[-2:])
     taps, k, n = runs.shape
     chunks, chunk = split_depth(k, group)
-    blocks = -(-n // COLUMN_BLOCK)
-    padded = np.zeros((taps, chunks * chunk, blocks * COLUMN_BLOCK), _narrowest(matrix))
+    blocks = -(-n // block)
+    padded = np.zeros((taps, chunks * chunk, blocks * block), _narrowest(matrix))
     padded[:, :k, :n] = runs
-    split = padded.reshape(taps * chunks * chunk // group, group, blocks, COLUMN_BLOCK)
+    split = padded.reshape(taps * chunks * chunk // group, group, blocks, block)
     return np.ascontiguousarray(split.transpose(2, 0, 3, 1))
 
 
@@ -77,12 +84,12 @@ def packed_matmul(shape: Sequence[Any], row: Read, packed: Any, n: int, notes: M
 
     ``notes`` tell how the rows may be held.
     """
-    group = int(packed.shape[-1])
+    block, group = (int(d) for d in packed.shape[-2:])
     k = te.reduce_axis((0, shape[-1]), "k")
 
     def element(*index: Any) -> Any:
         *rows, j = index
-        column = packed(j // COLUMN_BLOCK, k // group, j % COLUMN_BLOCK, k % group)
+        column = packed(j // block, k // group, j % block, k % group)
         return te.sum(row(*rows, k) * column.astype("int32"), axis=k)
 
     return te.compute((*shape[:-1], n), element, "product", attrs=annotate(range(len(shape) - 1), group, **notes))
@@ -109,12 +116,14 @@ def merged(kernel: Sequence[int], dilations: Sequence[int], channels: int) -> bo
     return dilations[-1] == 1 and kernel[-1] * channels <= PANEL_DEPTH
 
 
-def pack_filters(weights: np.ndarray, dilations: Sequence[int], group: int = PAIR) -> np.ndarray:
+def pack_filters(
+    weights: np.ndarray, dilations: Sequence[int], group: int = PAIR, block: int = COLUMN_BLOCK
+) -> np.ndarray:
     """Pack filters ``[M, C, KH, KW]`` for ``conv``: a run of depth for each line of the window, or each pixel."""
     maps, channels, height, width = weights.shape
     runs = height if merged((height, width), dilations, channels) else height * width
     # [KH, KW, C, M]: channels of neighbouring pixels follow each other, as in the image.
-    return pack_columns(weights.transpose(2, 3, 1, 0).reshape(runs, -1, maps), group)
+    return pack_columns(weights.transpose(2, 3, 1, 0).reshape(runs, -1, maps), group, block)
 
 
 def conv(
@@ -138,7 +147,7 @@ def conv(
     what lies outside of the image counts as 0 after that. ``magnitude`` is the largest sum of the magnitudes of the
     weights of one output, 0 if they have more than 8 bits. ``notes`` tell how the rows may be held.
     """
-    together = int(packed.shape[-1])
+    block, together = (int(d) for d in packed.shape[-2:])
     height, width = x.shape[1:3]
     depth = int(x.shape[3]) // groups
     one_run = merged(kernel, dilations, depth)
@@ -153,7 +162,7 @@ def conv(
         inside = tirx.all(iy >= 0, iy < height, ix >= 0, ix < width)
         value = tirx.if_then_else(inside, value, tirx.const(0, "int32"))
         at = ky * length + kx * depth + c if one_run else (ky * kernel[1] + kx) * length + c
-        weight = packed(group, m // COLUMN_BLOCK, at // together, m % COLUMN_BLOCK, at % together)
+        weight = packed(group, m // block, at // together, m % block, at % together)
         return te.sum(value * weight.astype("int32"), axis=[ky, kx, c])
 
     geometry = {

@@ -73,21 +73,21 @@ class Dense:
         even, odd = (x.astype(f"int16x{words}") for x in ((both << eight) >> eight, both >> eight))
         return even, odd
 
-    def add(self, acc: Any, vectors: Sequence[tuple[int, int, Any]], at: Any, columns: Any, quad: Any) -> Any:
+    def add(self, vectors: Sequence[tuple[Any, int, Any]], at: Any, columns: Any, quad: Any) -> Any:
         """Return the statement that adds one quad.
 
-        ``vectors`` are (place in ``acc``, column, where the quad of the row begins in ``wide``); the columns of the
-        quad begin at ``quad`` of ``columns``; ``at`` is added to the places of rows.
+        ``vectors`` are (the row's sums, column, where the quad of the row begins in ``wide``); the columns of the quad
+        begin at ``quad`` of ``columns``; ``at`` is added to the places of rows.
         """
         lanes, statements, known = self.dot.lanes, [], {}
-        for place, column, base in vectors:
+        for sums, column, base in vectors:
             if column not in known:
                 whole = vector_at(columns, quad + column * QUAD, QUAD * lanes)
                 both = tirx.reinterpret(f"int16x{2 * lanes}", whole)
                 eight = tirx.Broadcast(tirx.const(8, "int16"), 2 * lanes)
                 known[column] = ((both << eight) >> eight, both >> eight)
-            total = vector_at(acc, place, lanes)
+            total = vector_at(sums, column, lanes)
             for half, factors in enumerate(known[column]):
                 total = self.dot.add(total, vector_at(self.wide, base + at + 2 * half, 2), factors)
-            statements.append(put(acc, place, lanes, total))
+            statements.append(put(sums, column, lanes, total))
         return sequence(*statements)

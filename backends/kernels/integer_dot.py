@@ -16,6 +16,10 @@ from optc.backends.kernels.loops import load, store
 _PMADDWD = {128: "llvm.x86.sse2.pmadd.wd", 256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}
 
 
+MOST_ROWS = 15
+"""Rows of a register tile: more gain nothing, and each has an address of its own."""
+
+
 @dataclass(frozen=True)
 class Dot:
     """Sums of ``group`` neighbouring int16 products in each of ``lanes`` int32 lanes, exact for factors of 9 bits."""
@@ -26,12 +30,9 @@ class Dot:
     registers: int
 
     def rows(self, columns: int) -> int:
-        """Return how many rows of ``columns`` sums stay in registers beside a vector each, a row's value, a product.
-
-        TVM keeps less than 1 KiB of sums on the stack.
-        """
+        """Return how many rows of ``columns`` sums stay in registers beside a vector each, a row's value, a product."""
         vectors = columns // self.lanes
-        return max(1, min((self.registers - vectors - 2) // vectors, 1023 // (4 * columns)))
+        return max(1, min((self.registers - vectors - 2) // vectors, MOST_ROWS))
 
     def add(self, total: Any, row: Any, column: Any) -> Any:
         """Return ``total + dot(row, column)``: int32 lanes, ``group`` int16 values, ``lanes * group`` int16 values."""
@@ -80,7 +81,7 @@ class ByteDot:
         vectors = columns // self.lanes
         # A row's value and a product, beside the columns; ones and a second product where there are two instructions.
         others = 2 if self.widen is None else 4
-        return max(1, min((self.registers - vectors - others) // vectors, 1023 // (4 * columns)))
+        return max(1, min((self.registers - vectors - others) // vectors, MOST_ROWS))
 
     def add(self, total: Any, row: Any, column: Any) -> Any:
         """Return ``total + dot(row, column)``: int32 lanes, one int32 of four bytes, ``4 * lanes`` int8 values."""

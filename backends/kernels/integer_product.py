@@ -4,7 +4,7 @@
         strip[rows, K] = int16(row operand)              zero point subtracted
         for column tile of the chunk:
             for row tile of the strip:
-                acc[MR, 16] = sum over pairs of depths of strip * int16(column operand)         registers
+                acc[MR, NR] = sum over pairs of depths of strip * int16(column operand)         registers
                 out = epilogue(acc)
 
 A factor of a row is widened once for all columns. Columns packed for the instruction are widened where they are read,
@@ -13,7 +13,7 @@ a vector for each vector of the tile; others are first gathered into a panel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from tvm import tirx
 from optc.backends.base import Target
 from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Axes, Fused, Reader
-from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, PANEL_DEPTH
+from optc.backends.kernels.integer_contraction import PANEL_DEPTH, column_block
 from optc.backends.kernels.integer_dot import ByteDot, Dot, put, vector_at
 from optc.backends.kernels.integer_epilogue import Epilogue, Row
 from optc.backends.kernels.integer_form import Form
@@ -66,7 +66,7 @@ class Product:
         self.vector = self.grain = target.lanes(8 * form.size)
         self.rows: Rows = make(fused, self.reader, row_axes, row_operand, form, self.vector, strip_bytes)
         self.n, self.b = size(self.columns.total), size(self.batch.total)
-        self.nr = COLUMN_BLOCK
+        self.nr = self._column_block()
         self.mr = tile_rows(static(self.rows.height), self.dot.rows(self.nr))
         self.tiles = size(loops.ceildiv(self.n, self.nr))
         segments, chunk = self.rows.taps * self.rows.chunks, self.rows.chunk
@@ -77,6 +77,13 @@ class Product:
         known = static(segments)
         self.per_block = most if known is None else -(-known // max(1, -(-known // most)))
         self.blocks = size(loops.ceildiv(self.segments, self.per_block))
+
+    def _column_block(self) -> int:
+        """Return how many columns make a tile: those that are packed together."""
+        if not self.packed:
+            return column_block(self.target, static(self.n))
+        (source,) = loops.loads(self.column_operand)
+        return int(source.source.shape[-2])
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
@@ -138,7 +145,7 @@ class Product:
                     keep = (totals, at)
 
                     def finish(acc: Any) -> Any:
-                        return self._copy(acc, 0, totals, at, width)
+                        return self._keep(acc, totals, at, width)
 
                     return self._product(rows, i * self.mr, first, count, columns, width, keep, finish)
 
@@ -258,7 +265,7 @@ class Product:
         ``finish``.
         """
         lanes, group, nr, chunk = self.dot.lanes, self.dot.group, self.nr, self.rows.chunk
-        acc, allocate = loops.scratch("acc", self.mr * nr, "int32")
+        acc, allocate = loops.tile("acc", self.mr, nr, "int32")
         vectors = [(i, v) for i in range(self.mr) for v in range(0, width.computed, lanes)]
         named, bases = self._bases(r)
 
@@ -271,7 +278,7 @@ class Product:
                     left = vector_at(rows, bases[i] + offset + k * group, group)
                     right = vector_at(columns[0], origin + (k * nr + v) * group, lanes * group)
                     right = right.astype(f"int16x{lanes * group}")
-                    return put(acc, i * nr + v, lanes, self.dot.add(vector_at(acc, i * nr + v, lanes), left, right))
+                    return put(acc[i], v, lanes, self.dot.add(vector_at(acc[i], v, lanes), left, right))
 
                 return sequence(*(update(i, v) for i, v in vectors))
 
@@ -282,10 +289,11 @@ class Product:
 
         if keep is None:
             start = self.epilogue.first
-            begin = sequence(*(put(acc, i * nr + v, lanes, vector_at(start, v, lanes)) for i, v in vectors))
+            begin = sequence(*(put(acc[i], v, lanes, vector_at(start, v, lanes)) for i, v in vectors))
         else:
-            begin = self._copy(keep[0], keep[1], acc, 0, width)
-        return sequence(named, allocate, begin, loop("segment", count, segment), finish(acc))
+            kept, at = keep
+            begin = sequence(*(put(acc[i], v, lanes, vector_at(kept, at + i * nr + v, lanes)) for i, v in vectors))
+        return sequence(named, *allocate, begin, loop("segment", count, segment), finish(acc))
 
     def _allocate_rows(self) -> tuple[Any, Any]:
         """Return the buffer of a strip, with room for the rows that its last tile lacks, and its allocation.
@@ -311,20 +319,20 @@ class Product:
         named += [tirx.Bind(base, load(places, i)) for i, base in enumerate(bases)]
         return sequence(allocate, *named), bases
 
-    def _copy(self, source: Any, start: Any, target: Any, to: Any, width: Width) -> Any:
-        """Return the copy of the computed columns of one register tile."""
+    def _keep(self, acc: Sequence[Any], memory: Any, to: Any, width: Width) -> Any:
+        """Return the copy of the computed columns of a register tile to ``memory``, from position ``to``."""
         lanes = self.dot.lanes
-        positions = [i * self.nr + v for i in range(self.mr) for v in range(0, width.computed, lanes)]
-        return sequence(*(put(target, to + p, lanes, vector_at(source, start + p, lanes)) for p in positions))
+        places = [(i, v) for i in range(self.mr) for v in range(0, width.computed, lanes)]
+        return sequence(*(put(memory, to + i * self.nr + v, lanes, vector_at(acc[i], v, lanes)) for i, v in places))
 
     def _finish_tile(
-        self, places: dict[Any, Any], first: Any, count: Any, t: Any, width: Width, acc: Any, totals: Any
+        self, places: dict[Any, Any], first: Any, count: Any, t: Any, width: Width, acc: Sequence[Any], totals: Any
     ) -> Any:
         """Return the epilogue of one register tile, of which ``count`` rows exist: from registers if it is whole."""
-        partial = sequence(self._copy(acc, 0, totals, 0, width), self._store(places, first, count, t, width, totals))
+        partial = sequence(self._keep(acc, totals, 0, width), self._store(places, first, count, t, width, totals))
         if width.columns is None or width.columns % self.dot.lanes:
             return partial
-        rows = [self._row(places, first + i, t, acc, i * self.nr) for i in range(self.mr)]
+        rows = [self._row(places, first + i, t, acc[i], 0) for i in range(self.mr)]
         whole = self.epilogue.store(rows, width.columns, self.dot.lanes)
         total, height = static(self.rows.total), static(self.rows.height)
         if total is not None and height is not None and total % height == 0 and height % self.mr == 0:

@@ -25,8 +25,8 @@ from tvm import tirx
 from optc.backends.base import Target
 from optc.backends.kernels import loops
 from optc.backends.kernels.fused import Axes, Fused, Reader
-from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, PAIR
-from optc.backends.kernels.integer_dot import Dot, put, vector_at
+from optc.backends.kernels.integer_contraction import COLUMN_BLOCK, PAIR, column_block
+from optc.backends.kernels.integer_dot import Dot, choose_bytes, put, vector_at
 from optc.backends.kernels.integer_rows import WindowRows, spans, tile_rows
 from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
 
@@ -86,6 +86,32 @@ def suits(kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int
     return plain and channels % 16 == 0 and channels >= 32 and columns >= COLUMN_BLOCK
 
 
+def pays(target: Target, out: Sequence[int], columns: int, magnitude: int) -> bool:
+    """Tell whether a convolution to ``out`` (lines, width) that ``suits`` takes less work than direct products of
+    bytes. A single instruction for these does twice the products of one for words; two do as many.
+
+    ``magnitude`` is that of the weights.
+    """
+    lines, width = out
+    dot = choose_bytes(target)
+    products = 9.0 / 2 if dot is not None and dot.widen is None else 9.0
+    return _best(lines, width, columns, column_block(target, columns), magnitude, products) is not None
+
+
+def _best(lines: int, width: int, columns: int, block: int, magnitude: int, products: float) -> Transform | None:
+    """Return the transform that takes less than ``products`` a pixel, and the least, and is exact; None for none."""
+    work: dict[Transform | None, float] = {None: products * lines * width}
+    # The last tile of columns is computed whole.
+    padded = -(-columns // block) * block / columns
+    for transform in (SMALL, LARGE):
+        points = (transform.m + 2) ** 2
+        # Sums of a product of 255 with weights of this magnitude must fit what the shift leaves of int32.
+        if magnitude and 255 * magnitude < 1 << (31 - transform.shift):
+            # The transforms of data and sums are about a fifth of the products; those of filters as good as two tiles.
+            work[transform] = padded * points * (1.2 * -(-lines // transform.m) * -(-width // transform.m) + 2)
+    return min(work, key=lambda chosen: work[chosen])
+
+
 def choose(fused: Fused, image: WindowRows, columns: int | None) -> Transform | None:
     """Return the transform that takes the least work and is exact for these weights; None for direct convolution."""
     notes = fused.core.annotations
@@ -98,16 +124,8 @@ def choose(fused: Fused, image: WindowRows, columns: int | None) -> Transform | 
     # Channels of neighbouring window positions follow each other in the packed filters.
     if image.chunks * image.chunk != image.c * (3 if image.merged else 1):
         return None
-    work: dict[Transform | None, float] = {None: 9.0 * lines * width}
-    # The last tile of columns is computed whole.
-    padded = -(-columns // COLUMN_BLOCK) * COLUMN_BLOCK / columns
-    for transform in (SMALL, LARGE):
-        points = (transform.m + 2) ** 2
-        # Sums of a product of 255 with weights of this magnitude must fit what the shift leaves of int32.
-        if 255 * magnitude < 1 << (31 - transform.shift):
-            # The transforms of data and sums are about a fifth of the products; those of filters as good as two tiles.
-            work[transform] = padded * points * (1.2 * -(-lines // transform.m) * -(-width // transform.m) + 2)
-    return min(work, key=lambda chosen: work[chosen])
+    (packed,) = loops.loads(fused.core.body.value.b.b)
+    return _best(lines, width, columns, int(packed.source.shape[-2]), magnitude, 9.0)
 
 
 class Winograd:
@@ -127,7 +145,7 @@ class Winograd:
         self.reader, self.dot, self.image, self.transform = reader, dot, image, transform
         self.columns, self.batch, self.packed = columns, batch, packed
         self.m, self.points = transform.m, (transform.m + 2) ** 2
-        self.c, self.nr = image.c, COLUMN_BLOCK
+        self.c, self.nr = image.c, int(packed.source.shape[-2])
         self.lines, self.width = int(image.lines), int(image.columns)
         self.across, self.down = -(-self.width // self.m), -(-self.lines // self.m)
         # Transformed tiles and filters stay in the second-level cache.
@@ -293,19 +311,19 @@ class Winograd:
 
         def tile(point: Any, r: Any) -> Any:
             def body(left: Any, right: Any, total: Any) -> Any:
-                acc, allocate = loops.scratch("acc", self.mr * nr, "int32")
+                acc, allocate = loops.tile("acc", self.mr, nr, "int32")
 
                 def step(k: Any) -> Any:
                     def update(i: int, w: int) -> Any:
                         a = vector_at(v, left + i * self.c + k * group, group)
                         b = vector_at(u, right + (k * nr + w) * group, lanes * group)
-                        return put(acc, i * nr + w, lanes, self.dot.add(vector_at(acc, i * nr + w, lanes), a, b))
+                        return put(acc[i], w, lanes, self.dot.add(vector_at(acc[i], w, lanes), a, b))
 
                     return sequence(*(update(i, w) for i, w in vectors))
 
-                begin = [put(acc, i * nr + w, lanes, vector_at(sums, total + i * nr + w, lanes)) for i, w in vectors]
-                end = [put(sums, total + i * nr + w, lanes, vector_at(acc, i * nr + w, lanes)) for i, w in vectors]
-                return sequence(allocate, *begin, loop("k", deep // group, step), *end)
+                begin = [put(acc[i], w, lanes, vector_at(sums, total + i * nr + w, lanes)) for i, w in vectors]
+                end = [put(sums, total + i * nr + w, lanes, vector_at(acc[i], w, lanes)) for i, w in vectors]
+                return sequence(*allocate, *begin, loop("k", deep // group, step), *end)
 
             row = r * self.mr
             return bind(

@@ -33,7 +33,7 @@ VERSIONS = {
     **dict.fromkeys(generic.RULES, 3),
     attention.TEMPLATE: 1,
     contraction.TEMPLATE: 3,
-    integer_contraction.TEMPLATE: 3,
+    integer_contraction.TEMPLATE: 4,
     integer_depthwise.TEMPLATE: 2,
     weight_only.TEMPLATE: 1,
     window.TEMPLATE: 3,

@@ -89,11 +89,15 @@ def _product(
     split = weights.reshape(groups, maps // groups, weights.shape[1], *kernel)
 
     def pack(group: int) -> np.ndarray:
-        return np.stack([integer_contraction.pack_filters(filters, dilations, group) for filters in split])
+        block = integer_contraction.column_block(site.target, maps // groups)
+        return np.stack([integer_contraction.pack_filters(filters, dilations, group, block) for filters in split])
 
     channels = weights.shape[1]
-    fixed = all(isinstance(size, int) for size in geometry.out)
-    if fixed and integer_winograd.suits(kernel, strides, dilations, channels, maps // groups):
+    out = [*line, *geometry.out]
+    fixed = groups == 1 and all(isinstance(size, int) for size in out)
+    magnitude = integer_winograd.magnitude(weights)
+    suits = fixed and integer_winograd.suits(kernel, strides, dilations, channels, maps)
+    if suits and integer_winograd.pays(site.target, out, maps, magnitude):
         packed, notes = pack(integer_contraction.PAIR), dict[str, list[int]]()
     else:
         number = known_zero(site, zero)
@@ -114,8 +118,8 @@ def _product(
             strides=strides,
             dilations=dilations,
             before=before,
-            out=[*line, *geometry.out],
-            magnitude=integer_winograd.magnitude(weights),
+            out=out,
+            magnitude=magnitude,
             notes=notes,
         )
         for term in rest[len(points) :]:

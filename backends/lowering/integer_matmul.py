@@ -102,7 +102,8 @@ def _constant_columns(site: Site, at: int, zero: int) -> np.ndarray | None:
 def _packed(
     site: Site, a: Any, matrix: np.ndarray, number: int | None, zero: Callable[..., Any], points: list[Any]
 ) -> Any:
-    pack = partial(integer_contraction.pack_columns, matrix)
+    block = integer_contraction.column_block(site.target, matrix.shape[1])
+    pack = partial(integer_contraction.pack_columns, matrix, block=block)
     packed, notes = integer_window.pack(site.target, str(a.ty.dtype), number, matrix.shape[0], pack)
     weight = site.weight(packed, "packed")
     a = site.check_equal(a, [*shape_of(a)[:-1], matrix.shape[0]])
