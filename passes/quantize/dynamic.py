@@ -13,7 +13,7 @@ from optc.passes.base import Pass, PassResult
 from optc.passes.match import rank
 from optc.passes.quantize import weights
 from optc.passes.quantize.edit import Edit
-from optc.passes.quantize.products import Product, products
+from optc.passes.quantize.products import Product, product, products
 from optc.passes.rewrite import replace_value
 
 
@@ -28,8 +28,10 @@ class DynamicPass(Pass):
     def call(self, model: oir.Model) -> PassResult:
         """Replace the products, in place."""
         edit, rounded = Edit(model, self.name), dict[oir.Value, oir.Node]()
-        chosen = [p for p in products(model) if p.name in self.names]
-        for found in chosen:
+        chosen = [p.node for p in products(model) if p.name in self.names]
+        for node in chosen:
+            found = product(node)  # anew: what it reads may have been replaced since
+            assert found is not None
             if found.x not in rounded:
                 rounded[found.x] = _rounded(edit, found.x)
             self._replace(edit, found, rounded[found.x])

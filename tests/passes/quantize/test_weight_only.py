@@ -75,6 +75,17 @@ def test_dynamic_int8(build, run, verify, rng):
     assert not DynamicPass(frozenset()).call(model).modified
 
 
+def test_dynamic_products_one_behind_the_other(build, run, verify, rng):
+    arrays = {name: rng.uniform(-0.3, 0.3, shape).astype(F) for name, shape in {"w": (8, 6), "v": (6, 5)}.items()}
+    model = build("(float[4,8] x) => (float[4,5] y) { h = MatMul(x, w) y = MatMul(h, v) }", **arrays)
+    feeds = {"x": rng.uniform(-1, 1, (4, 8)).astype(F)}
+    (before,) = run(model, feeds)
+    assert DynamicPass(frozenset(p.name for p in products(model)), bits=7).call(model).fired == {"quantized": 2}
+    verify(model)
+    (after,) = run(model, feeds)
+    assert np.abs(before - after).max() < 0.05 * np.abs(before).max()
+
+
 HALF = """(float[2,8] x) => (float[2,8] y, float[2,8] h) {
  h = MatMul(x, w) s = Softmax(h) m = MatMul(s, v) a = Add(m, e) y = Relu(a) }"""
 
