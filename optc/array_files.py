@@ -31,7 +31,7 @@ def load_array(path: Path, spec: TensorSpec) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise _unreadable(path, error) from error
     assert isinstance(array, np.ndarray)
     return array
 
@@ -42,7 +42,13 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    # NumPy takes what it does not know for a pickle, and advises to load that.
+    why = "no NumPy file of plain numbers" if "allow_pickle" in str(error) else str(error)
+    return InputError(f"cannot read {path}: {why}")
 
 
 def read_image(path: Path, spec: TensorSpec) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,13 @@ class Goal:
             need = "--max-drop needs --eval or --labels" if not scored else "--eval and --labels go with --max-drop"
             raise UsageError(need, hint="without labels, bound the error of outputs: --max-error cosine:0.01")
 
-    def score(self, samples: data.Samples, outputs: list[str]) -> Callable[[Run], float] | None:
+    def score(self, samples: data.Samples, outputs: Sequence[oir.Value]) -> Callable[[Run], float] | None:
         """Return the function that scores a model, None where outputs are compared. Raises UsageError early."""
         if self.labels is not None:
-            return labelled_score(self.labels, samples, outputs)
+            row = outputs[0].shape[1:] if outputs[0].shape else ()
+            sizes = [size for size in row if isinstance(size, int)]
+            classes = prod(sizes) if row and len(sizes) == len(row) else None
+            return labelled_score(self.labels, samples, [str(value.name) for value in outputs], classes)
         return user_score(self.evaluate) if isinstance(self.evaluate, str) else self.evaluate
 
 
@@ -70,7 +74,7 @@ class Trial:
     def __init__(
         self, mixture: Mixture, samples: data.Samples, goal: Goal, options: Options, progress: Progress
     ) -> None:
-        score = goal.score(samples, [str(v.name) for v in mixture.model.graph.outputs])
+        score = goal.score(samples, mixture.model.graph.outputs)
         progress("compiling the model with both forms of its layers")
         self.mixture, self._board = mixture, Switchboard(mixture)
         progress("evaluating the float32 model")

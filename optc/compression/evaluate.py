@@ -110,13 +110,16 @@ def user_score(text: str) -> Callable[[Run], float]:
     return score
 
 
-def labelled_score(source: Any, samples: Samples, outputs: Sequence[str]) -> Callable[[Run], float]:
+def labelled_score(
+    source: Any, samples: Samples, outputs: Sequence[str], classes: int | None = None
+) -> Callable[[Run], float]:
     """Return the share of rows of the first output whose largest element is where the label says.
 
     ``source`` is an array of integers, an .npy file, an .npz with one array, or ``package.module:function``. There is
-    one label for each row of the samples.
+    one label for each row of the samples. ``classes`` are the elements of a row, if they are known.
 
-    Raises UsageError, before anything runs, if labels are no integers or their number is not that of the samples.
+    Raises UsageError, before anything runs, if labels are no integers, none of the classes, or their number is not that
+    of the samples.
     """
     labels = _labels(source)
     rows = [len(next(iter(call.values()))) if next(iter(call.values())).ndim else 1 for call in samples]
@@ -126,6 +129,8 @@ def labelled_score(source: Any, samples: Samples, outputs: Sequence[str]) -> Cal
         raise UsageError(f"there are {len(labels)} labels for {sum(rows)} samples of {samples.source}")
     if labels.size and labels.min() < 0:
         raise UsageError(f"label {labels.min()} is no class")
+    if labels.size and classes is not None:
+        _within(labels, classes, outputs[0])
 
     def score(run: Run) -> float:
         right, first = 0, 0
@@ -136,13 +141,17 @@ def labelled_score(source: Any, samples: Samples, outputs: Sequence[str]) -> Cal
                 raise UsageError(
                     f"'{outputs[0]}' has the shape {list(found.shape)}: not a row for each of {count} samples"
                 )
-            if labels.max() >= found[0].size:
-                raise UsageError(f"label {labels.max()} is no class: '{outputs[0]}' has {found[0].size}")
+            _within(labels, found[0].size, outputs[0])
             right += int((best == labels[first : first + count]).sum())
             first += count
         return right / len(labels)
 
     return score
+
+
+def _within(labels: np.ndarray, classes: int, output: str) -> None:
+    if labels.max() >= classes:
+        raise UsageError(f"label {labels.max()} is no class: '{output}' has {classes}")
 
 
 def _labels(source: Any) -> np.ndarray:

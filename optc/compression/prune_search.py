@@ -52,7 +52,7 @@ class Candidates:
         self._fitted = calls.calls if calls is not None and recover else ()
         self._input = judged.calls[0]
         self.costs: dict[frozenset[str], float] = {}
-        score = goal.score(judged, [str(value.name) for value in model.graph.outputs])
+        score = goal.score(judged, model.graph.outputs)
         trace.progress("compiling the whole model")
         self._whole = driver.compile(model, verify=False).model()
         self._whole.threads = 1

@@ -154,7 +154,7 @@ class Quantizer:
         if samples is None:
             raise UsageError("there is no data to evaluate with", hint="give calibration data")
         # Wrong labels are found before anything takes long.
-        goal.score(samples, [str(value.name) for value in self.model.graph.outputs])
+        goal.score(samples, self.model.graph.outputs)
         return Trial(self.mixture(options), samples, goal, options, self.progress)
 
     def mixture(self, options: Options) -> Mixture:

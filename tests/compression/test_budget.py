@@ -93,6 +93,8 @@ def test_errors_come_before_the_work(network, rows, monkeypatch):
     goal = Goal(Budget("accuracy", 0.01), labels=np.zeros(3, int))
     with pytest.raises(UsageError, match="3 labels for 24 samples"):
         optc.quantize(network, calibrate=rows, goal=goal)
+    with pytest.raises(UsageError, match="label 3 is no class"):
+        optc.quantize(network, calibrate=rows, goal=Goal(Budget("accuracy", 0.01), labels=np.arange(24) % 4))
     with pytest.raises(UsageError, match="layers are chosen for"):
         optc.quantize(network, Options("float16"), calibrate=rows, goal=Goal(Budget("kl", 0.1)))
 

@@ -82,6 +82,8 @@ def test_labels_that_do_not_match_are_told_early(labels, message):
 
 def test_labels_and_outputs_that_do_not_match():
     with pytest.raises(UsageError, match="label 3 is no class: 'y' has 3"):
+        labelled_score(np.array([0, 1, 2, 3, 0]), SAMPLES, ["y"], 3)
+    with pytest.raises(UsageError, match="label 3 is no class: 'y' has 3"):
         labelled_score(np.array([0, 1, 2, 3, 0]), SAMPLES, ["y"])(run)
     with pytest.raises(UsageError, match="not a row for each of 3 samples"):
         labelled_score(np.array([0, 1, 2, 1, 0]), SAMPLES, ["y"])(lambda _: {"y": np.zeros((1, 3))})

@@ -54,6 +54,7 @@ def test_channels_last_gray_integers(tmp_path):
         ("x=missing.npy", "cannot read"),
         ("x=broken.npy", "cannot read"),
         ("broken.npz", "cannot read"),
+        ("text.npz", "no NumPy file of plain numbers"),
         ("x=broken.png", "cannot read the image"),
         ("k=good.png", "not an image batch"),
         ("x=a.csv", "cannot read '.csv'"),
@@ -63,6 +64,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     for name in ("broken.npy", "broken.npz", "broken.png"):
         (tmp_path / name).write_bytes(b"\x93NUMPYrubbish")
+    (tmp_path / "text.npz").write_bytes(b"rubbish")
     Image.new("L", (5, 4)).save("good.png")
     with pytest.raises(InputError, match=message):
         read_inputs([text], [X, K])
