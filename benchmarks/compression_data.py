@@ -5,6 +5,7 @@ And where the tables of these benchmarks go.
 
 from __future__ import annotations
 
+import functools
 import pydoc_data.topics
 import re
 from collections.abc import Iterable, Sequence
@@ -59,9 +60,11 @@ def lines(count: int, seed: int) -> list[Line]:
     return found
 
 
-def _font(random: np.random.Generator, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font(random: np.random.Generator, size: int) -> ImageFont.FreeTypeFont:
     number = int(random.integers(len(FONTS) + 1))
-    return ImageFont.load_default(size) if number == len(FONTS) else ImageFont.truetype(str(FONTS[number]), size)
+    font = ImageFont.load_default(size) if number == len(FONTS) else ImageFont.truetype(str(FONTS[number]), size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow without FreeType has none of any size
+    return font
 
 
 def _draw(text: str, random: np.random.Generator) -> Image.Image:
@@ -101,7 +104,10 @@ def widened(pixels: np.ndarray, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Page:
-    """A drawn page: the detector's input ``[1, 3, size, size]``, and its lines as (rows, columns)."""
+    """A drawn page: the detector's input ``[1, 3, size, size]``, and its lines as (rows, columns).
+
+    A line reaches from ascender to descender, as in the data that such detectors learn from, whatever letters it has.
+    """
 
     pixels: np.ndarray
     lines: tuple[Rectangle, ...]
@@ -112,7 +118,8 @@ class Page:
         return painted(self.lines, self.pixels.shape[2:])
 
 
-def pages(count: int, seed: int, size: int = 320) -> list[Page]:
+@functools.cache
+def pages(count: int, seed: int, size: int = 320) -> tuple[Page, ...]:
     """Return pages with lines of text strewn over them."""
     random = np.random.default_rng(seed)
     words = " ".join(sentences(600, 0)).split()
@@ -128,14 +135,14 @@ def pages(count: int, seed: int, size: int = 320) -> list[Page]:
             ink, place = int(random.integers(0, 90)), (int(random.integers(2, 60)), top)
             draw = ImageDraw.Draw(page)
             draw.text(place, text, fill=(ink, ink, ink), font=font)
-            x0, y0, x1, y1 = (round(edge) for edge in draw.textbbox(place, text, font=font))
-            drawn.append((slice(max(y0, 0), min(y1, size)), slice(max(x0, 0), min(x1, size))))
+            x0, _, x1, _ = (round(edge) for edge in draw.textbbox(place, text, font=font))
+            drawn.append((slice(top, min(top + sum(font.getmetrics()), size)), slice(max(x0, 0), min(x1, size))))
             top += int(random.integers(34, 70))
         pixels = np.asarray(_worn(page, random), np.float32)[:, :, ::-1] / 255
         mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
         normal = ((pixels - mean) / deviation).astype(np.float32).transpose(2, 0, 1)
         found.append(Page(np.ascontiguousarray(normal)[None], tuple(drawn)))
-    return found
+    return tuple(found)
 
 
 def rectangles(probabilities: np.ndarray) -> list[Rectangle]:

@@ -1,7 +1,7 @@
 """Speed of models that optc's own quantizer makes: int8 beside float32, and beside other programs on the same file.
 
     python benchmarks/compression_speed.py --prepare [--only REGEX]    quantize and compile (minutes for each model)
-    python benchmarks/compression_speed.py [--only REGEX]              time what was prepared; rewrites the table
+    python benchmarks/compression_speed.py [--only REGEX]              time what was prepared; rewrites its rows
 
 Layers stay in float32 that are no faster in int8 by themselves, as with --only-paying. One thread, all contestants
 alternating in one process. Float32 artifacts are those of performance.py where it has
@@ -11,7 +11,6 @@ prepared them. onnxruntime and OpenVINO get the quantized ONNX file. Writes its 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -124,6 +123,15 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join([*lines, f"| geometric mean | | | {means[0]:.2f} x | | | {means[1]:.2f} |"])
 
 
+def shown() -> dict[str, dict[str, float]]:
+    """Return the times in the rows of the page's table."""
+    text = PAGE.read_text(encoding="utf-8").split("<!-- speed -->")[1].split("<!-- end of speed -->")[0]
+    rows = [line.split(" | ") for line in text.splitlines()]
+    cells = {row[0].removeprefix("| "): row for row in rows}
+    columns = {"float32": 1, "int8": 2, "onnxruntime": 4, "openvino": 5}
+    return {name: {who: float(cells[name][i]) for who, i in columns.items()} for name in NAMES if name in cells}
+
+
 def main() -> None:
     """Prepare, or measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,8 +140,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each model")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    kept = FOLDER / "speed.json"
-    results: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
+    results = shown()
     for name in NAMES:
         if not re.search(options.only, name):
             continue
@@ -141,13 +148,9 @@ def main() -> None:
             prepare(name)
         else:
             results[name] = measure(name, options.seconds)
-            kept.write_text(json.dumps(results, indent=1))
-        print(name, results.get(name, ""), flush=True)
-    if options.prepare:
-        return
-    text = table({name: results[name] for name in NAMES if name in results})
-    print(text)
-    texts.write_between(PAGE, "speed", text)
+            print(name, results[name], flush=True)
+            # At once: a run of all models takes a while.
+            texts.write_between(PAGE, "speed", table({name: results[name] for name in NAMES if name in results}))
 
 
 if __name__ == "__main__":
