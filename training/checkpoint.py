@@ -5,20 +5,24 @@
       step-00000100/        tensors of all ranks, and training.json
 
 A checkpoint is written into a folder of another name, renamed when every rank has finished, and only then named by
-``latest``, each by an atomic rename: whoever is killed at any moment leaves ``latest`` at a complete one.
+``latest``, each by an atomic rename: whoever is killed at any moment leaves ``latest`` at a complete one. It says what
+its files have to be, because torch reads many that a disk has spoiled without a word.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -26,7 +30,7 @@ from optc.errors import CheckpointError
 from optc.training.capture import canonical_names
 from optc.training.distributed import agree
 
-FORMAT = 1
+FORMAT = 2
 LATEST = "latest"
 _INFO = "training.json"
 _NAME = re.compile(r"step-\d{8}")
@@ -48,7 +52,7 @@ def save(
             shutil.rmtree(partial)
 
     def finish() -> None:
-        content = {"format": FORMAT, "step": step, **info}
+        content = {"format": FORMAT, "step": step, "files": files, **info}
         (partial / _INFO).write_text(json.dumps(content), encoding="utf-8")
         for path in partial.iterdir():
             _sync(path)
@@ -68,8 +72,22 @@ def save(
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
         raise CheckpointError(f"cannot write {partial}: {_reason(error)}") from error
+    files = _digests(partial, agree(sorted(path.name for path in partial.iterdir()) if rank == 0 else None))
+    if None in files.values():
+        raise CheckpointError(f"cannot read what was just written to {partial}")
     _first_rank(finish, rank, folder)
     return final
+
+
+def require_writable(folder: Path, *, rank: int) -> None:
+    """CheckpointError, on every rank, if checkpoints cannot be written: better now than after hours. Collective."""
+
+    def attempt() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"?")
+
+    _first_rank(attempt, rank, folder)
 
 
 def _first_rank(action: Callable[[], None], rank: int, folder: Path) -> None:
@@ -92,7 +110,7 @@ def latest(folder: Path) -> Path | None:
         return None
     path = folder / pointer.read_text(encoding="utf-8").strip()
     if not (path / _INFO).is_file():
-        raise CheckpointError(f"{pointer} names {path.name}, which is no complete checkpoint")
+        raise CheckpointError(f"{pointer} names {path.name}, which is no complete checkpoint", hint=_others(path))
     return path
 
 
@@ -115,6 +133,55 @@ def read_info(path: Path) -> dict[str, Any]:
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise CheckpointError(f"{path} was written by another version of optc")
     return info
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """``read_info`` of a checkpoint whose files are what was written; CheckpointError if not. Collective."""
+    info = read_info(path)
+    found = _digests(path, sorted(info["files"]))
+    broken = sorted(name for name, digest in info["files"].items() if found[name] != digest)
+    if broken:
+        raise CheckpointError(f"{path} is damaged: {', '.join(broken[:5])}", hint=_others(path))
+    return info
+
+
+def _digests(folder: Path, names: Sequence[str]) -> dict[str, str | None]:
+    """Hashes of files, None for those that cannot be read; all ranks share the work. Collective."""
+    several = dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    mine: dict[str, str | None] = {}
+    for name in names[rank::size]:
+        try:
+            with (folder / name).open("rb") as file:
+                mine[name] = hashlib.file_digest(file, "blake2b").hexdigest()
+        except OSError:
+            mine[name] = None
+    everyone: list[dict[str, str | None]] = [mine]
+    if several:
+        everyone = [{}] * size
+        dist.all_gather_object(everyone, mine)
+    return {name: digest for part in everyone for name, digest in part.items()}
+
+
+def _others(path: Path) -> str | None:
+    """Which checkpoints there are besides ``path``."""
+    others = sorted(p.name for p in path.parent.iterdir() if _NAME.fullmatch(p.name) and p.name != path.name)
+    return f"checkpoints beside it: {', '.join(others)}" if others else None
+
+
+def require_same_weights(path: Path, info: Mapping[str, Any], module: torch.nn.Module) -> None:
+    """CheckpointError if a checkpoint holds weights that ``module`` has not."""
+    foreign = sorted(set(info["weights"]) - set(weight_names(module)))
+    if foreign:
+        raise CheckpointError(
+            f"{path} belongs to another model: this one lacks {len(foreign)} of its weights: {', '.join(foreign[:5])}"
+        )
+
+
+def weight_names(module: torch.nn.Module) -> list[str]:
+    """The first names of everything in ``module.state_dict()``."""
+    first = canonical_names(module)
+    return sorted({first.get(name, name) for name in module.state_dict()})
 
 
 def shapes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -148,9 +215,11 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def load_weights(path: Path, module: torch.nn.Module) -> None:
     """Read the weights of a checkpoint into ``module``, merged from all stages; needs no process group."""
+    found = find(path)
+    require_same_weights(found, verify(found), module)
     first = canonical_names(module)
     state = module.state_dict(keep_vars=True)
-    load(find(path), {f"model/{first.get(name, name)}": tensor.detach() for name, tensor in state.items()})
+    load(found, {f"model/{first.get(name, name)}": tensor.detach() for name, tensor in state.items()})
 
 
 def _reason(error: CheckpointException) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from optc.errors import TrainingError
-from optc.training import distributed
+from optc.training import checkpoint, distributed
 from optc.training.metrics import Log, ProgressLine
 from optc.training.planning import Plan
 from optc.training.recipe import Recipe
@@ -60,6 +60,7 @@ def fit(recipe: Recipe, plan: Plan, settings: Settings) -> Trainer:
         keep=settings.keep,
     )
     if settings.checkpoints is not None:
+        checkpoint.require_writable(settings.checkpoints, rank=trainer.world.rank)
         trainer.resume()
     share = plan.samples() * plan.microbatches
     start, size = trainer.world.dp_rank * share, plan.dp * share

@@ -344,7 +344,8 @@ class Trainer:
             dist.all_gather_object(everyone, mine)
         optimizer = next((found for found in everyone if found is not None), None)
         scaler = self._scaler.state() if self._scaler else None
-        return {"optimizer": optimizer, "scaler": scaler, "seed": self._clock.seed}
+        weights = checkpoint.weight_names(self._module)
+        return {"optimizer": optimizer, "scaler": scaler, "seed": self._clock.seed, "weights": weights}
 
     def resume(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any] | None:
         """Continue from a checkpoint, by default the latest in the folder; None if there is none yet.
@@ -373,7 +374,8 @@ class Trainer:
             return error
 
     def _load(self, path: Path) -> dict[str, Any]:
-        info, known = checkpoint.read_info(path), checkpoint.shapes(path)
+        info, known = checkpoint.verify(path), checkpoint.shapes(path)
+        checkpoint.require_same_weights(path, info, self._module)
         weights = {f"model/{name}": tensor for name, tensor in self._weights.tensors().items()}
         kept = {name.removeprefix("optimizer/"): v for name, v in known.items() if name.startswith("optimizer/")}
         state = empty_optimizer_tensors(kept, self._weights.owned) if self._optimizer is not None else {}

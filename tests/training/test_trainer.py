@@ -193,6 +193,29 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path, optimizer):
     assert [resumed.step(inputs, targets) for _ in range(2)] == expected
 
 
+def test_a_spoiled_checkpoint_is_not_read(tmp_path):
+    trainer = trainer_of(checkpoints=tmp_path)[0]
+    paths = []
+    for step in (1, 2):
+        trainer.step_number = step
+        paths.append(trainer.save())
+    (file,) = paths[1].glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"step-00000002 is damaged: {file.name}") as raised:
+        trainer.resume()
+    assert raised.value.hint == "checkpoints beside it: step-00000001"
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_weights(paths[1], models.MLP())
+    file.unlink()
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_weights(tmp_path, models.MLP())
+    load_weights(paths[0], models.MLP())
+    with pytest.raises(CheckpointError, match=r"this one lacks 2 of its weights: layers\.7"):
+        load_weights(paths[0], models.MLP(depth=7))
+
+
 def test_old_checkpoints_go(tmp_path):
     trainer, inputs, targets, _ = trainer_of(checkpoints=tmp_path, keep=2)
     for _ in range(4):
@@ -223,8 +246,10 @@ def test_checkpoints_that_do_not_fit_are_errors(tmp_path):
     trainer, inputs, targets, _ = trainer_of(checkpoints=tmp_path)
     trainer.step(inputs, targets)
     path = trainer.save()
-    with pytest.raises(CheckpointError, match=r"lacks .* tensors of this model"):
+    with pytest.raises(CheckpointError, match=r"belongs to another model: this one lacks 16 of its weights"):
         trainer_of("gpt", checkpoints=tmp_path)[0].resume()
+    with pytest.raises(CheckpointError, match=r"lacks 2 tensors of this model: model/layers\.8\.bias"):
+        load_weights(tmp_path, models.MLP(depth=9))
     with pytest.raises(CheckpointError, match="belongs to another model"):
         load_weights(tmp_path, models.MLP(width=8))
     with pytest.raises(CheckpointError, match="is no checkpoint"):
@@ -313,6 +338,8 @@ def test_an_interrupted_run_ends_with_its_step_and_a_checkpoint(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-00000002"
     assert signal.getsignal(signal.SIGINT) is before
     assert fit(recipe, made, Settings(3, checkpoints=tmp_path)).step_number == 3
+    with pytest.raises(CheckpointError, match="cannot write to"):  # before it trains
+        fit(replace(recipe, loss_fn=lambda *_: pytest.fail("trained")), made, Settings(9, tmp_path / "latest"))
 
 
 def test_errors_of_training_are_their_own_kind():
