@@ -1,9 +1,11 @@
 """Time, memory and compile time of real models, side by side with other programs.
 
     python benchmarks/performance.py [--only REGEX] [--seconds 6] [--threads 1,2] [--no-slow-peers] [--no-write]
+        [--page NAME]
 
 Each model runs in a process of its own, where the contestants take turns. The measurements are kept in
-build/performance/ and merged, so a run may cover a part of the models. Writes docs/performance.md, .json and .svg.
+build/performance/ and merged, so a run may cover a part of the models. Writes docs/NAME.md, .json and .svg; NAME is
+performance unless --page says so.
 
     --prepare    only compile the models, --prepared measures them afterwards: no compiler runs in between
     --report     only write the page from the measurements that are there
@@ -271,6 +273,7 @@ def main() -> None:
     parser.add_argument("--threads", default=",".join(dict.fromkeys(("1", str(cores)))), help="thread counts, by comma")
     parser.add_argument("--no-slow-peers", action="store_true", help="leave out torch.compile and plain TVM")
     parser.add_argument("--no-write", action="store_true", help="do not write the page")
+    parser.add_argument("--page", default="performance", help="the page's name: one for each kind of machine")
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--prepared", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
@@ -295,7 +298,7 @@ def main() -> None:
             about = json.loads((FOLDER / "machine.json").read_text())
             report.summarize(about, results)
             if not options.no_write:
-                report.write(cases.ROOT / "docs", about, results)
+                report.write(cases.ROOT / "docs", options.page, about, results)
         if not complete:
             raise SystemExit("some models failed")
 

@@ -99,16 +99,16 @@ def summarize(about: Result, results: dict[str, Result]) -> None:
         console.print(f"{threads} thread(s), {peak}; ratio to the best peer, geometric mean: {means}", highlight=False)
 
 
-def write(folder: Path, about: Result, results: dict[str, Result]) -> None:
-    """Write performance.md, performance.json and performance.svg into ``folder``."""
+def write(folder: Path, name: str, about: Result, results: dict[str, Result]) -> None:
+    """Write the page ``name``.md into ``folder``, its numbers to ``name``.json and its picture to ``name``.svg."""
     text = json.dumps({"machine": about, "models": results}, indent=1, sort_keys=True)
-    (folder / "performance.json").write_text(text + "\n")
-    (folder / "performance.svg").write_bytes(drawing(results))
-    (folder / "performance.md").write_text(page(about, results))
+    (folder / f"{name}.json").write_text(text + "\n")
+    (folder / f"{name}.svg").write_bytes(drawing(results))
+    (folder / f"{name}.md").write_text(page(name, about, results))
 
 
-def page(about: Result, results: dict[str, Result]) -> str:
-    """Return the page."""
+def page(name: str, about: Result, results: dict[str, Result]) -> str:
+    """Return the page ``name``."""
     description = about["description"]
     caches = ", ".join(f"{level} {size}" for level, size in description["caches"].items())
     lines = [
@@ -129,7 +129,7 @@ def page(about: Result, results: dict[str, Result]) -> str:
         means = [number(mean_ratio(results, kind, threads)) for kind in ("float32", "any size", "int8")]
         peak = f"{limits['gflops']:.0f} GFLOP/s | {limits['bandwidth']:.0f} GB/s"
         lines.append(f"| {threads} | {peak} | {' | '.join(means)} |")
-    lines += ["", "![Ratio to the best peer](performance.svg)"]
+    lines += ["", f"![Ratio to the best peer]({name}.svg)"]
     for threads in counts(results):
         lines += ["", *_times(about, results, threads)]
     lines += ["", *_memory(results)]

@@ -48,7 +48,7 @@ def test_ratios_are_against_the_fastest_peer():
 
 def test_the_page_names_what_is_missing():
     results = {"ResNet-50": result(10.0, 12.0), "ResNet-50 int8": result(5.0, 9.0, "int8")}
-    page = report.page(ABOUT, results)
+    page = report.page("here", ABOUT, results)
     assert "| ResNet-50 | 10.0 | not run | 12.0 | not run | not run | fails | 1.20 | 100 | 100% | – |" in page
     assert "| ResNet-50 int8 | 5.00 | not run | 9.00 | not run | not run | fails | 1.80 | 200 | – | 2.00 |" in page
     assert "* ResNet-50, TVM: no such operator" in page
