@@ -231,8 +231,8 @@ def ours(task: Task) -> dict[str, Options]:
         "optc int8 dynamic": Options("int8-dynamic"),
     }
     int4 = {
-        "optc int4 weights": Options("int4-weights"),
-        "optc int4 weights, zero points": Options("int4-weights", zero_points=True),
+        "optc int4 weights, nearest": Options("int4-weights", rounding="nearest"),
+        "optc int4 weights, nearest, zero points": Options("int4-weights", zero_points=True, rounding="nearest"),
         "optc int4 weights, GPTQ": Options("int4-weights", rounding="gptq"),
     }
     return int8 | (int4 if task.int4 else {})

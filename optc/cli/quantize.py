@@ -28,7 +28,11 @@ def quantization_options(command: Command) -> Command:
             click.option("--symmetric", is_flag=True, help="Zero points in the middle of the type."),
             click.option("--per-tensor", is_flag=True, help="One scale for all weights of a layer."),
             click.option("--bits", type=int, default=8, help="Bits of int8 weights: 7 are safe for old CPUs' sums."),
-            click.option("--rounding", default="nearest", help="Of matrices: nearest (default), gptq or adaround."),
+            click.option(
+                "--rounding",
+                default="auto",
+                help="Of matrices: nearest, gptq, adaround or auto (default: gptq for int4 with --calibrate).",
+            ),
             click.option("--block", type=int, help="Rows that share a scale: 32 for 4 bits, 0 (whole columns) for 8."),
             click.option("--zero-points", is_flag=True, help="Zero points for weights that are only stored."),
             click.option("--smooth", default="auto", help="SmoothQuant's exponent for int8: 0.5 say, auto or none."),

@@ -192,7 +192,7 @@ def _require_trainable(options: Options, calibrate: Any) -> None:
     if options.kind not in ("int8", "int8-weights", "int4-weights"):
         raise UsageError(f"modules are trained for int8, int8-weights and int4-weights, not for {options.kind}")
     rescaled = options.smooths or options.equalize or options.scale_weights
-    if options.rounding != "nearest" or rescaled:
+    if not options.nearest or rescaled:
         raise UsageError(
             "what changes weights before or while they are rounded is not for training",
             hint="leave out rounding, smooth, equalize and scale-weights: training does their work",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optc.errors import UsageError
 from optc.passes.quantize import ranges
@@ -25,6 +25,7 @@ _ONLY = {
     "rounding": ("int8", *_PACKED),
 }
 """The kinds that each option has a meaning for."""
+AUTO = "auto"
 BLOCK = 32
 """Rows of a column that share a scale of 4 bits, unless the caller says otherwise."""
 
@@ -41,7 +42,7 @@ class Options:
         per_channel: a scale for each output channel of the weights.
         bits: of int8 weights; 7 keep sums of two products in 16 bits, for runtimes that add them there on old CPUs.
         rounding: of weights of matrices, one of ``passes.quantize.weight_only.ALGORITHMS``; all but ``nearest`` use
-            calibration data.
+            calibration data. ``auto``: GPTQ for 4 bits where there is such data and no budget to search, else nearest.
         block: rows of a weight matrix that share a scale; 0 for whole columns. None: 32 for 4 bits, 0 for 8.
         zero_points: weights that are not computed with have zero points too.
         smooth: the exponent of SmoothQuant for int8 (0.5, say), ``auto``: for each value the exponent with the least
@@ -58,7 +59,7 @@ class Options:
     method: str = "min-max"
     per_channel: bool = True
     bits: int = 8
-    rounding: str = "nearest"
+    rounding: str = "auto"
     block: int | None = None
     zero_points: bool = False
     smooth: float | str | None = "auto"
@@ -71,7 +72,7 @@ class Options:
         _one_of("quantization is to", self.kind, tuple(KINDS))
         _one_of("activations are", self.activations, ACTIVATIONS)
         _one_of("ranges are chosen by", self.method, ranges.METHODS)
-        _one_of("weights are rounded by", self.rounding, ALGORITHMS)
+        _one_of("weights are rounded by", self.rounding, (AUTO, *ALGORITHMS))
         if not 2 <= self.bits <= 8:
             raise UsageError(f"weights have 2 to 8 bits, not {self.bits}")
         known = self.smooth is None or self.smooth == "auto"
@@ -82,7 +83,7 @@ class Options:
         for name, kinds in _ONLY.items():
             if getattr(self, name) != getattr(type(self), name) and self.kind not in kinds:
                 raise UsageError(f"{name.replace('_', '-')} is for {', '.join(kinds)}, not for {self.kind}")
-        if self.kind == "int8" and self.rounding != "nearest" and (self.bits < 8 or not self.per_channel):
+        if self.kind == "int8" and not self.nearest and (self.bits < 8 or not self.per_channel):
             raise UsageError(f"rounding by {self.rounding} is for 8 bits with a scale per channel")
 
     @property
@@ -100,7 +101,16 @@ class Options:
     @property
     def needs_data(self) -> bool:
         """Whether nothing can be done without calibration data."""
-        return self.kind == "int8" or self.rounding != "nearest" or self.scale_weights
+        return self.kind == "int8" or not self.nearest or self.scale_weights
+
+    @property
+    def nearest(self) -> bool:
+        """Whether weights are rounded to nearest."""
+        return self.rounding in (AUTO, "nearest")
+
+    def with_data(self) -> Options:
+        """Return the options where calibration data is there to be used: ``auto`` is settled."""
+        return replace(self, rounding="gptq") if self.rounding == AUTO and self.kind == "int4-weights" else self
 
     @property
     def weight_type(self) -> str:

@@ -86,6 +86,8 @@ def quantize(
             f"{options.kind}{' with this rounding' if options.kind != 'int8' else ''} needs calibration data",
             hint="--calibrate DIR, FILE.npz or package.module:function",
         )
+    if calibrate is not None and goal is None:
+        options = options.with_data()
     progress("optimizing the float32 model")
     model = driver.optimize(path_or_model, example_inputs, input_shapes=input_shapes, dims=dims)
     selected(model, options.exclude)
@@ -191,7 +193,7 @@ class Quantizer:
         counts = self.counts(model, key)
         found = encodings(counts, options)
         rounded: dict[str, Integers] = {}
-        if options.rounding != "nearest":
+        if not options.nearest:
             chosen = [p for p in products(model) if p.name in names and Gram.takes(p)]
             grams = self._grams(model, key, chosen)
             for number, p in enumerate(chosen):
@@ -297,12 +299,14 @@ class Quantizer:
 
     def _packed(self, model: oir.Model, key: str, options: Options, names: frozenset[str]) -> dict[str, Integers]:
         matrices = [p for p in weight_only.matrices(model) if p.name in names]
-        grams = self._grams(model, key, matrices) if options.rounding != "nearest" else {}
+        grams = self._grams(model, key, matrices) if not options.nearest else {}
         packed = {}
         for number, p in enumerate(matrices):
             self.progress(f"rounding {number + 1} of {len(matrices)}: {p.name}")
             matrix, gram = p.matrix().T, grams.get(p.name)
-            packed[p.name] = weight_only.rounded(matrix, options.weight_type, options.rows, options.rounding, gram)
+            packed[p.name] = weight_only.rounded(
+                matrix, options.weight_type, options.rows, "nearest" if options.nearest else options.rounding, gram
+            )
         for node in weight_only.tables(model):
             table = constant(node.inputs[0])
             assert table is not None

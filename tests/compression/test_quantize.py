@@ -167,6 +167,25 @@ def test_calibration_data_is_needed(network):
         optc.quantize(network)
 
 
+def test_calibration_data_is_used_where_it_helps_most():
+    random = np.random.default_rng(0)
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 20]>
+        g (float[4, 128] x) => (float[4, 64] y) <float[128, 64] w = {0}> { y = MatMul(x, w) }""")
+    del model.graph.initializer[:]
+    matrix = random.normal(0, 1, (128, 64)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(matrix, "w"))
+    rows = random.normal(0, 1, (64, 128)).astype(np.float32)
+
+    def weights(rounding: str, **more: object) -> list[bytes]:
+        found = optc.quantize(model, Options("int4-weights", rounding=rounding), **more).model
+        return [w.const_value.tobytes() for w in found.graph.initializers.values()]
+
+    gptq, nearest = weights("gptq", calibrate=rows), weights("nearest", calibrate=rows)
+    assert gptq != nearest
+    assert weights("auto", calibrate=rows) == gptq
+    assert weights("auto") == nearest
+
+
 def test_nothing_to_quantize(rows):
     text = '<ir_version: 10, opset_import: ["": 20]> g (float[4,32] x) => (float[4,32] y) { y = Exp(x) }'
     with pytest.raises(UnsupportedModelError, match="nothing to quantize"):
