@@ -12,7 +12,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 from optc.errors import TrainingError
-from optc.training.backward import input_gradients, weight_gradients
+from optc.training.backward import Paths, input_gradients, weight_gradients
 from optc.training.distributed import World
 from optc.training.randomness import Clock
 from optc.training.schedules import Schedule
@@ -40,6 +40,7 @@ class _RelayStage(PipelineStage):
             group=world.pp_group,
         )
         self._planned = stage.outputs
+        self._paths = Paths()
 
     def attach(self, clock: Clock, first_microbatch: int, watch: Watch) -> None:
         self._clock, self._first, self._watch = clock, first_microbatch, watch
@@ -85,7 +86,8 @@ class _RelayStage(PipelineStage):
         outputs, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
         # The last stage's only output is its loss.
         gradients = [torch.ones_like(outputs[0])] if gradients is None else gradients
-        found = input_gradients(outputs, gradients, bwd_kwargs["input_values"], self.submod.parameters())
+        inputs, weights = bwd_kwargs["input_values"], self.submod.parameters()
+        found = input_gradients(outputs, gradients, inputs, weights, self._paths)
         for output in outputs:
             if not output._is_view():
                 output.detach_()  # what only the way to the inputs needed can go

@@ -6,7 +6,7 @@ import training_models as models
 from torch import nn
 
 from optc.training.analysis import analyse
-from optc.training.backward import input_gradients, weight_gradients
+from optc.training.backward import Paths, input_gradients, weight_gradients
 from optc.training.capture import capture
 from optc.training.linearize import linearize
 from optc.training.randomness import Clock
@@ -108,3 +108,36 @@ def test_gradients_add_up_over_microbatches():
         x = torch.ones(2, 4, requires_grad=True)
         weight_gradients(input_gradients([layer(x)], [torch.ones(2, 4)], [x], layer.parameters())[1])
     assert torch.equal(layer.weight.grad, torch.full((4, 4), 4.0))
+
+
+def test_paths_are_kept_while_the_graph_is_the_same_and_found_again_where_it_is_not():
+    torch.manual_seed(0)
+    first, second, paths = nn.Linear(4, 4), nn.Linear(4, 4), Paths()
+    weights = [*first.parameters(), *second.parameters()]
+    found = []
+    for layers in ((first, second), (first, second), (second, first), (first,)):
+        x = torch.randn(2, 4, requires_grad=True)
+
+        def forward(x=x, layers=layers):
+            return nn.Sequential(*layers)(x).tanh()
+
+        once = torch.autograd.grad(forward(), (x, *weights), torch.ones(2, 4), allow_unused=True)
+        (gradient,), later = input_gradients([forward()], [torch.ones(2, 4)], [x], weights, paths)
+        weight_gradients(later)
+        for expected, got in zip(once, (gradient, *(weight.grad for weight in weights)), strict=True):
+            assert (expected is None) == (got is None)
+            if expected is not None:
+                torch.testing.assert_close(got, expected)
+        for weight in weights:
+            weight.grad = None
+        found.append(paths.groups)
+    assert found[0] is found[1] and found[1] is not found[2] and found[2] is not found[3]
+
+
+def test_weights_that_do_not_lead_to_each_other_share_a_call():
+    queries, keys, values, last = (nn.Linear(4, 4, bias=False) for _ in range(4))
+    x = torch.randn(3, 4, requires_grad=True)
+    outputs = last(torch.softmax(queries(x) @ keys(x).T, -1) @ values(x))
+    weights = [layer.weight for layer in (queries, keys, values, last)]
+    _, later = input_gradients([outputs], [torch.ones(3, 4)], [x], weights)
+    assert sorted(len(call.weights) for call in later.calls) == [1, 3]
