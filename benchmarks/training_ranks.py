@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from optc.training import Trainer, costs_of, distributed, plan
-from optc.training.overhead import measure_overhead
+from optc.training.overhead import measure_overhead, measure_split_overhead
 
 
 def mean_square(output, target):
@@ -29,14 +29,14 @@ def main():
     module, example = sleeping.build(options.model)
     distributed.initialize(120)
     latency, bandwidth, reduction = distributed.measure_link()
-    overhead = measure_overhead()
+    overhead, split_overhead = measure_overhead(), measure_split_overhead()
     costs = costs_of(module, example)
     runs = []
     for text in options.choices:
         pp, dp, schedule, kind = text.split(":")
         fixed = {"pp": int(pp), "dp": int(dp), "schedule": schedule, "data_parallel": kind, "recompute": False}
         fixed |= {"microbatches": options.microbatches // int(dp), "latency": latency, "bandwidth": bandwidth}
-        fixed |= {"reduce_bandwidth": reduction, "overhead": overhead}
+        fixed |= {"reduce_bandwidth": reduction, "overhead": overhead, "split_overhead": split_overhead}
         made = plan(module, example, fixed, costs=costs)
         trainer = Trainer(module, mean_square, made, lambda p: torch.optim.SGD(p, lr=1e-3), timeout=120)
         batch = torch.cat([example] * made.microbatches)
@@ -53,6 +53,7 @@ def main():
         trainer.close()
         if dist.get_rank() == 0:
             result = {"choice": text, "measured": statistics.median(times), "simulated": made.seconds, "times": times}
+            result |= {"overhead": overhead, "split_overhead": split_overhead}
             print(json.dumps(result), flush=True)
 
 

@@ -7,6 +7,7 @@
     reduce_bandwidth = 1e9     # the same while replicas sum their gradients, if that is less
     latency = 50e-6            # seconds a message
     overhead = 5e-4            # seconds that the runtime adds to each forward or backward action of a pipeline
+    split_overhead = 2e-4      # seconds that zero bubble adds for each operator with weights, whose gradients wait
     batch = 64                 # samples of a step on all devices together
 
 ``pp``, ``dp``, ``schedule``, ``microbatches``, ``recompute`` and ``data_parallel`` fix what else is chosen.
@@ -30,6 +31,7 @@ from optc.training import schedules
 ASSUMED_LATENCY = 50e-6
 ASSUMED_BANDWIDTH = 1e9
 ASSUMED_OVERHEAD = 5e-4
+ASSUMED_SPLIT_OVERHEAD = 2e-4
 DATA_PARALLEL = ("ddp", "fsdp")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -45,6 +47,7 @@ class Cluster:
     bandwidth: float | None = None
     reduce_bandwidth: float | None = None
     overhead: float | None = None
+    split_overhead: float | None = None
     pp: int | None = None
     dp: int | None = None
     schedule: str | None = None
@@ -64,6 +67,11 @@ class Cluster:
         """What the runtime takes for each action of a pipeline besides its operators, in seconds."""
         return ASSUMED_OVERHEAD if self.overhead is None else self.overhead
 
+    @property
+    def weight_overhead(self) -> float:
+        """What a backward pass takes more in two parts than in one for each operator with weights, in seconds."""
+        return ASSUMED_SPLIT_OVERHEAD if self.split_overhead is None else self.split_overhead
+
     def reduction_seconds(self, size: float, dp: int, passes: float) -> float:
         """Time that ``dp`` ranks take to exchange ``size`` bytes each in a ring, ``passes`` times around."""
         bandwidth = self.reduce_bandwidth or self.link.bandwidth
@@ -77,7 +85,7 @@ class Cluster:
 
 _INTEGERS = ("devices", "pp", "dp", "microbatches", "batch")
 _LINK = ("latency", "bandwidth", "reduce_bandwidth")
-_KEYS = (*_INTEGERS, "memory", "speeds", *_LINK, "overhead", "schedule", "recompute", "data_parallel")
+_KEYS = (*_INTEGERS, "memory", "speeds", *_LINK, "overhead", "split_overhead", "schedule", "recompute", "data_parallel")
 
 
 def read(source: Cluster | Mapping[str, Any] | str | os.PathLike[str]) -> Cluster:
@@ -123,6 +131,7 @@ def _parse(content: Mapping[str, Any], where: str) -> Cluster:
         bandwidth=_number(values.pop("bandwidth", None), f"{where}: bandwidth"),
         reduce_bandwidth=_number(values.pop("reduce_bandwidth", None), f"{where}: reduce_bandwidth"),
         overhead=_number(values.pop("overhead", None), f"{where}: overhead", zero=True),
+        split_overhead=_number(values.pop("split_overhead", None), f"{where}: split_overhead", zero=True),
         schedule=None if schedule is None else schedules.find(str(schedule)).name,
         **values,
     )

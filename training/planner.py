@@ -162,7 +162,8 @@ def _evaluate(
     times = _times(chain, cluster, found, devices, schedule, choice.recompute)
     if schedule.splits_backward and pp > 1:
         # torch computes all gradients of the first stage together, when those of its weights are due.
-        whole = _backward(times[0]) - cluster.action_overhead
+        start, stop = segments(found.cuts, len(chain.names))[0]
+        whole = _backward(times[0]) - _split_overhead(chain, cluster, start, stop)
         times = (replace(times[0], backward_input=0.0, backward_weight=whole), *times[1:])
     timeline = simulate(schedule, pp, microbatches, times)
     reduction = 0.0
@@ -185,6 +186,12 @@ def _evaluate(
         needed,
         times,
     )
+
+
+def _split_overhead(chain: Chain, cluster: Cluster, start: int, stop: int) -> float:
+    """What a second action for gradients of weights adds to a stage: itself, and asking for each operator's."""
+    asked = int(np.count_nonzero(chain.backward_weight[start:stop]))
+    return cluster.action_overhead + asked * cluster.weight_overhead
 
 
 def _backward(times: StageTimes) -> float:
@@ -255,6 +262,7 @@ def _times(
 ) -> tuple[StageTimes, ...]:
     link = cluster.link
     overhead = cluster.action_overhead if len(devices) > 1 else 0.0
+    splits = schedule.splits_backward and len(devices) > 1
     times = []
     for (start, stop), device in zip(segments(found.cuts, len(chain.names)), devices, strict=True):
         forward = float(chain.forward[start:stop].sum()) / device.speed
@@ -267,7 +275,7 @@ def _times(
             StageTimes(
                 forward + overhead,
                 backward + (forward if recompute else 0.0) + overhead,
-                weights + (overhead if schedule.splits_backward else 0.0),
+                weights + (_split_overhead(chain, cluster, start, stop) if splits else 0.0),
                 0.0 if last else link.seconds(float(chain.sent[stop]), math.ceil(messages / 2)),
                 0.0 if last else link.seconds(float(chain.returned[stop]), math.floor(messages / 2)),
             )

@@ -24,7 +24,7 @@ from optc.training.cluster import Cluster
 from optc.training.costs import Costs, measure
 from optc.training.linearize import Layout, linearize
 from optc.training.obstacles import obstacles
-from optc.training.overhead import measure_overhead
+from optc.training.overhead import measure_overhead, measure_split_overhead
 from optc.training.planner import Candidate, Search
 from optc.training.roofline import estimate
 from optc.training.schedules import Schedule, find
@@ -203,6 +203,8 @@ def _with_measured(cluster: Cluster) -> Cluster:
     """Measure what is left open between ranks; collective."""
     if cluster.overhead is None:
         cluster = replace(cluster, overhead=measure_overhead())
+    if cluster.split_overhead is None:
+        cluster = replace(cluster, split_overhead=measure_split_overhead())
     if cluster.latency is not None and cluster.bandwidth is not None:
         return cluster
     latency, bandwidth, reduce_bandwidth = distributed.measure_link()

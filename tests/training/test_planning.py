@@ -93,9 +93,10 @@ def test_slow_reductions_keep_replicas_apart(gpt, costs):
 
 
 def test_the_runtime_takes_its_time_for_every_action(gpt, costs):
-    def seconds(pp, schedule, overhead):
+    def seconds(pp, schedule, overhead, split_overhead=0.0):
         fixed = {"pp": pp, "dp": 1, "schedule": schedule, "microbatches": 8, "recompute": False, "latency": 0}
-        return plan(*gpt, fixed | {"overhead": overhead}, costs=costs).best.timeline.seconds
+        overheads = {"overhead": overhead, "split_overhead": split_overhead}
+        return plan(*gpt, fixed | overheads, costs=costs).best.timeline.seconds
 
     # 0.1 s hides what the stages themselves take: (microbatches + pp - 1) pairs of actions.
     assert seconds(2, "GPipe", 0.1) == pytest.approx(9 * 2 * 0.1, rel=0.01)
@@ -103,6 +104,9 @@ def test_the_runtime_takes_its_time_for_every_action(gpt, costs):
     # Two stages a rank and three actions each; the first stage has its gradients in one.
     assert seconds(2, "ZBV", 0.1) >= 8 * 5 * 0.1
     assert seconds(1, "1F1B", 0.1) == seconds(1, "1F1B", 0.0)
+    # Gradients of weights that wait cost more for each operator with weights; whole backward passes do not know it.
+    assert seconds(2, "ZBV", 0.0, 0.1) >= 8 * 2 * 0.1
+    assert seconds(2, "1F1B", 0.0, 0.1) == seconds(2, "1F1B", 0.0, 0.0)
 
 
 def test_memory_forces_a_pipeline(gpt, costs):

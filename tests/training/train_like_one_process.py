@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import training_models as models
 
 from optc.training import Trainer, distributed, plan
-from optc.training.overhead import measure_overhead
+from optc.training.overhead import measure_overhead, measure_split_overhead
 
 MICROBATCHES, SIZE = 8, 2
 
@@ -62,7 +62,7 @@ def run(case, steps, overhead):
     microbatches = MICROBATCHES // dp
     module, inputs, targets, loss_fn = models.build(name, MICROBATCHES * SIZE)
     cluster = {"pp": pp, "dp": dp, "schedule": schedule, "microbatches": microbatches, "data_parallel": kind}
-    cluster["overhead"] = overhead
+    cluster["overhead"], cluster["split_overhead"] = overhead
     # Two stages on one device would not be split by speed alone: any costs do, as long as all ranks agree.
     made = plan(module, tuple(tensor[:SIZE] for tensor in inputs), cluster, costs="roofline")
     trainer = Trainer(module, loss_fn, made, make_optimizer, timeout=500)
@@ -101,8 +101,8 @@ def run(case, steps, overhead):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.initialize()
-    overhead = measure_overhead()
-    assert 1e-6 < overhead < 0.1
+    overhead = measure_overhead(), measure_split_overhead()
+    assert 1e-6 < overhead[0] < 0.1 and 0 <= overhead[1] < 0.1
     assert distributed.agree(overhead) == overhead
     for case in sys.argv[1:]:
         result = run(case, int(os.environ.get("STEPS", "20")), overhead)
