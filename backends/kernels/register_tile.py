@@ -32,8 +32,12 @@ def most_rows(vectors: int, target: Target) -> int:
 
 
 def multiply_adds(target: Target) -> int:
-    """Return how many vectors of products are added in a cycle."""
-    return target.multipliers if target.fuses else 1
+    """Return how many vectors of products are added in a cycle, at best.
+
+    Where halves of a unit make one (``Target.multipliers``), tiles are as tall all the same: a low one would be as good
+    for the multiplier alone, but reads each panel once for each of its few rows.
+    """
+    return _PORTS if target.fuses else 1
 
 
 def cycles(rows: int, vectors: int, target: Target) -> float:

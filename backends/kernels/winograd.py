@@ -69,7 +69,7 @@ def choose(height: Any, width: Any, depth: int, maps: int, target: Target) -> in
     Products, weights from memory, and transforms are counted in cycles of one core. The knob ``winograd``, 0 is direct.
     """
     lanes = target.lanes(32)
-    products_in_a_cycle = register_tile.multiply_adds(target) * lanes
+    products_in_a_cycle = min(target.multipliers, register_tile.multiply_adds(target)) * lanes
     # Bytes of intermediate values that one core moves through its caches in a cycle: half a vector.
     moved_in_a_cycle = target.vector_bits / 16
     if depth < lanes or maps < lanes:

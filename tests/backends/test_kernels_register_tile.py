@@ -56,10 +56,15 @@ def test_large_products_keep_the_ports_busy(name):
 def test_a_panel_that_is_always_computed_whole_is_not_wider_than_it_pays():
     target = resolve("znver4")
     lanes = target.lanes(32)
-    alone = register_tile.tile_vectors(16, 256, 256, lanes, target)
-    padded = register_tile.tile_vectors(16, 256, 256, lanes, target, padded=True)
-    assert 16 % alone
-    assert 16 % padded == 0
+    alone = register_tile.tile_vectors(16, 512, 512, lanes, target)
+    padded = register_tile.tile_vectors(16, 512, 512, lanes, target, padded=True)
+    assert 32 % alone
+    assert 32 % padded == 0
+
+
+def test_tiles_of_rows_that_nothing_divides_are_not_low():
+    target = resolve("znver4")
+    assert register_tile.tile_rows(197, 3072, 4, target) == register_tile.most_rows(4, target)
 
 
 def test_halves_of_a_unit_are_one_multiplier():
