@@ -304,6 +304,9 @@ def _report(layout: Layout, costs: Costs, cluster: Cluster, found: Search) -> li
         lines.append(f"assumed between ranks: {link.latency * 1e6:.0f} us and {link.bandwidth / 1e9:.1f} GB/s")
     if cluster.overhead is None and best.pp > 1:
         lines.append(f"assumed of the runtime: {cluster.action_overhead * 1e6:.0f} us for each action")
+    if cluster.split_overhead is None and best.pp > 1:
+        microseconds = cluster.weight_overhead * 1e6
+        lines.append(f"assumed of zero bubble: {microseconds:.0f} us for each operator whose weights wait")
     lines.append(f"bubble {100 * float(best.timeline.bubble):.1f} %, reduction over dp {best.reduction * 1e3:.2f} ms")
     for rank, need in enumerate(best.memory):
         lines.append(f"rank {rank}: {need / 2**20:.1f} MiB, computes {float(best.timeline.busy(rank)) * 1e3:.2f} ms")

@@ -2,9 +2,9 @@
 
 ``pmaddubsw`` adds two products of a byte of the rows with one of the columns and saturates. The columns are known: for
 each depth there is a largest byte, at least 128, up to which no sum of two saturates. A window of so many bytes lies
-around the zero point, where most data is; its first byte is subtracted from the rows. Behind the columns lies a tile of
-16 columns more that tells the windows: the first and last byte for each channel, and what the rows have too much at
-each depth.
+around the zero point, where most data is; its first byte is subtracted from the rows. Behind the columns lies one
+block more that tells the windows: the first and last byte for each channel, and what the rows have too much at each
+depth.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def choose(
 ) -> Windows | None:
     """Return how rows of ``element`` (int8 or uint8) with zero point ``zero`` are multiplied as bytes.
 
-    ``packed`` are the columns in quads ``[..., N/16, K/4, 16, 4]``; their depths are ``taps`` runs, each those of
+    ``packed`` are the columns in quads ``[..., N/B, K/4, B, 4]``; their depths are ``taps`` runs, each those of
     ``channels`` at one or more pixels. None: rows are widened to 16 bits, because the target has no instruction for
     bytes, something is not known while compiling or not of 8 bits, or too many bytes would be outside of the windows.
     """
@@ -111,7 +111,7 @@ def _of_channels(limits: np.ndarray, channel: np.ndarray, channels: int) -> np.n
 
 
 def exact_limits(packed: np.ndarray, taps: int = 0) -> np.ndarray:
-    """Return for each depth of columns ``[..., N/16, K/4, 16, 4]`` the largest byte, at most 255, up to which no sum of
+    """Return for each depth of columns ``[..., N/B, K/4, B, 4]`` the largest byte, at most 255, up to which no sum of
     two products leaves 16 bits: ``[..., K]``. With ``taps`` runs of depths it is for sums of four: those of two
     neighbouring quads of a run, from its first two on.
     """

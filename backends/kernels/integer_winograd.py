@@ -4,8 +4,8 @@
         strip = int16 lines of the image, V[(m+2)^2, tiles, C] = B' d B of each tile
         for column tile of the chunk:
             for block of channels:
-                U[(m+2)^2, C/2, 16, 2] = G g G' of the filters
-                for point, for row tile:  M[point, tiles, 16] += V * U          registers, as in every product
+                U[(m+2)^2, C/2, NR, 2] = G g G' of the filters
+                for point, for row tile:  M[point, tiles, NR] += V * U          registers, as in every product
             out = epilogue(A' M A) of each tile
 
 Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016). G has fractions; its rows are scaled to

@@ -225,6 +225,7 @@ def test_the_report_says_why_and_what_else(gpt, costs):
         "ms a step",
         "assumed between ranks",
         "assumed of the runtime",
+        "assumed of zero bubble",
         "bubble",
         "lower bound",
         "instead,",
