@@ -3,6 +3,7 @@
     python benchmarks/training.py --simulator     simulated and measured step times of every schedule
     python benchmarks/training.py --planner       the planner's choice and every other one, measured
     python benchmarks/training.py --numerics      gradients and 20 steps of every model, schedule and mesh
+    python benchmarks/training.py --planning      seconds of a plan for 4,000 operators
 
 The first two train models whose layers sleep, so that four ranks behave like four devices on fewer cores: what is
 measured is the runtime, its communication and its waiting, not arithmetic. Results are appended to
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "training.json"
@@ -26,6 +28,7 @@ SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZe
 MODELS = ("mlp", "resnet", "unet", "gpt", "encoder_decoder", "gpt2", "llama", "bert")
 SIMULATED = ("even", "uneven")
 PLANNED = ("heavy", "wide")
+DEPTHS = ("48", "200")
 
 
 def launch(ranks: int, script: Path, *arguments: str, timeout: float = 3000) -> list[dict]:
@@ -99,9 +102,48 @@ def numerics(models: list[str]) -> list[dict]:
     return found
 
 
+def planning(models: list[str]) -> list[dict]:
+    """Seconds of all choices for GPTs of so many layers on eight devices, from ample memory to what barely fits."""
+    sys.path.insert(0, str(HERE.parent / "tests" / "training"))
+    import torch
+    import training_models
+
+    from optc.errors import PartitionError
+    from optc.training import cluster
+    from optc.training.analysis import analyse
+    from optc.training.capture import capture
+    from optc.training.linearize import linearize
+    from optc.training.planner import search
+    from optc.training.roofline import Rates, estimate
+
+    found = []
+    for model in models:
+        module = training_models.GPT(vocabulary=4096, width=64, depth=int(model), tied=False)
+        start = perf_counter()
+        program = capture(module, torch.zeros(2, 8, dtype=torch.long))
+        layout = linearize(program, analyse(program))
+        captured = perf_counter() - start
+        rates = Rates(products=5e10, convolutions=5e10, memory=1e10, overhead=1e-6)
+        chain = layout.chain(estimate(program, layout.facts, rates))
+        weights = sum(weight.nbytes for weight in module.parameters())
+        for share in (None, 0.6, 0.3, 0.2, 0.17, 0.15, 0.14, 0.13):
+            # A device keeps weights, gradients and two states of the optimizer of its stage, and activations.
+            given = {} if share is None else {"memory": share * 4 * weights}
+            start = perf_counter()
+            try:
+                best = search(chain, cluster.read({"devices": 8, **given}), 2, 2.0).candidates[0].title()
+            except PartitionError:
+                best = "nothing fits"
+            row = {"model": model, "operators": len(layout.units), "capture": captured, "memory": share}
+            row |= {"seconds": perf_counter() - start, "best": best}
+            print(f"{row['operators']} operators, memory {share}: {row['seconds']:.2f} s, {best}", flush=True)
+            found.append(row)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("simulator", "planner", "numerics"):
+    for name in ("simulator", "planner", "numerics", "planning"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--model", action="append", help="only these; repeatable")
     options = parser.parse_args()
@@ -110,6 +152,7 @@ def main() -> None:
         ("simulator", simulator, SIMULATED),
         ("planner", planner, PLANNED),
         ("numerics", numerics, MODELS),
+        ("planning", planning, DEPTHS),
     ):
         if getattr(options, name):
             wanted = options.model or list(models)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from optc.training import Trainer, costs_of, distributed, plan
+from optc.training.gradients import measure_reduction
 from optc.training.overhead import measure_overhead, measure_split_overhead
 
 
@@ -28,7 +29,7 @@ def main():
     torch.manual_seed(0)
     module, example = sleeping.build(options.model)
     distributed.initialize(120)
-    latency, bandwidth, reduction = distributed.measure_link()
+    (latency, bandwidth), reduction = distributed.measure_link(), measure_reduction()
     overhead, split_overhead = measure_overhead(), measure_split_overhead()
     costs = costs_of(module, example)
     runs = []
@@ -53,7 +54,7 @@ def main():
         trainer.close()
         if dist.get_rank() == 0:
             result = {"choice": text, "measured": statistics.median(times), "simulated": made.seconds, "times": times}
-            result |= {"overhead": overhead, "split_overhead": split_overhead}
+            result |= {"reduce_bandwidth": reduction, "overhead": overhead, "split_overhead": split_overhead}
             print(json.dumps(result), flush=True)
 
 

@@ -19,6 +19,8 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from optc.errors import OptcError, RankFailureError, UsageError
 
 DEFAULT_TIMEOUT = 600.0
+MEASURED_BYTES = 2**22
+"""What is sent to measure bandwidths."""
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
@@ -199,12 +201,9 @@ def agree(value: Any) -> Any:
     return box[0]
 
 
-def measure_link(repeats: int = 10) -> tuple[float, float, float]:
-    """Latency in seconds and bandwidth in bytes per second between ranks 0 and 1, and the bandwidth of reductions.
-
-    That is of each rank's link while all of them reduce, which may share cores and cables. Agreed on; collective.
-    """
-    device, size = local_device(), 2**22
+def measure_link(repeats: int = 10) -> tuple[float, float]:
+    """Latency in seconds and bandwidth in bytes per second between ranks 0 and 1. Agreed on; collective."""
+    device = local_device()
 
     def exchange(block: torch.Tensor) -> None:
         if dist.get_rank() == 0:
@@ -214,25 +213,22 @@ def measure_link(repeats: int = 10) -> tuple[float, float, float]:
             dist.recv(block, src=0)
             dist.send(block, dst=0)
 
-    latency = _seconds(exchange, torch.zeros(1, device=device), repeats) / 2
-    whole = _seconds(exchange, torch.zeros(size // 4, device=device), repeats) / 2
-    reduction = _seconds(dist.all_reduce, torch.zeros(size // 4, device=device), repeats)
-    ranks = dist.get_world_size()
-    measured: tuple[float, float, float] = agree(
-        (latency, size / max(whole - latency, 1e-9), 2 * (ranks - 1) / ranks * size / reduction)
-    )
+    small, large = torch.zeros(1, device=device), torch.zeros(MEASURED_BYTES // 4, device=device)
+    latency = median_seconds(lambda: exchange(small), repeats) / 2
+    whole = median_seconds(lambda: exchange(large), repeats) / 2
+    measured: tuple[float, float] = agree((latency, MEASURED_BYTES / max(whole - latency, 1e-9)))
     return measured
 
 
-def _seconds(communicate: Callable[[torch.Tensor], Any], block: torch.Tensor, repeats: int) -> float:
-    """Median time of this rank for ``communicate(block)``, after two rounds that do not count; collective."""
+def median_seconds(communicate: Callable[[], Any], repeats: int) -> float:
+    """Median time of this rank for ``communicate()``, after two rounds that do not count; collective."""
     rounds = []
     for _ in range(repeats + 2):
         dist.barrier()
         start = time.perf_counter()
-        communicate(block)
-        if block.device.type == "cuda":
-            torch.cuda.synchronize(block.device)
+        communicate()
+        if local_device().type == "cuda":
+            torch.cuda.synchronize(local_device())
         rounds.append(time.perf_counter() - start)
     return statistics.median(rounds[2:])
 

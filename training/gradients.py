@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from optc.training.distributed import World
+from optc.training.distributed import MEASURED_BYTES, World, agree, local_device, median_seconds
 
 _BUCKET = 2**25  # bytes
 
@@ -47,6 +47,23 @@ def average_over_replicas(owned: Iterable[Owned], world: World) -> None:
         parts = flat.split([gradient.numel() for gradient in bucket])
         for gradient, part in zip(bucket, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def measure_reduction(repeats: int = 10) -> float:
+    """Bytes per second of each rank's link while all of them average gradients, as they do after a step.
+
+    They may share cores and cables, and copy what they send: over gloo that is half of what one link can do. Agreed
+    on; collective.
+    """
+    ranks, device = dist.get_world_size(), local_device()
+    weights = [torch.nn.Parameter(torch.zeros(MEASURED_BYTES // 16, device=device)) for _ in range(4)]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    owned = [Owned(str(number), weight, counts=True) for number, weight in enumerate(weights)]
+    world = World(dist.get_rank(), 1, ranks, device)
+    seconds = median_seconds(lambda: average_over_replicas(owned, world), repeats)
+    measured: float = agree(2 * (ranks - 1) / ranks * MEASURED_BYTES / seconds)
+    return measured
 
 
 def _buckets(gradients: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

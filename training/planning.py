@@ -22,6 +22,7 @@ from optc.training.analysis import analyse
 from optc.training.capture import Program, capture, source_line
 from optc.training.cluster import Cluster
 from optc.training.costs import Costs, measure
+from optc.training.gradients import measure_reduction
 from optc.training.linearize import Layout, linearize
 from optc.training.obstacles import obstacles
 from optc.training.overhead import measure_overhead, measure_split_overhead
@@ -207,12 +208,12 @@ def _with_measured(cluster: Cluster) -> Cluster:
         cluster = replace(cluster, split_overhead=measure_split_overhead())
     if cluster.latency is not None and cluster.bandwidth is not None:
         return cluster
-    latency, bandwidth, reduce_bandwidth = distributed.measure_link()
+    latency, bandwidth = distributed.measure_link()
     return replace(
         cluster,
         latency=latency if cluster.latency is None else cluster.latency,
         bandwidth=bandwidth if cluster.bandwidth is None else cluster.bandwidth,
-        reduce_bandwidth=cluster.reduce_bandwidth or reduce_bandwidth,
+        reduce_bandwidth=cluster.reduce_bandwidth or measure_reduction(),
     )
 
 

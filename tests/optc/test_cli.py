@@ -150,7 +150,11 @@ def test_a_full_disk_leaves_no_file(mlp, tmp_path):
 
 @pytest.mark.parametrize("delay", [0.5, 2.0, 4.0])
 def test_ctrl_c_leaves_no_file(mlp, tmp_path, delay):
-    process = subprocess.Popen([*OPTC, "compile", str(mlp), "-o", str(tmp_path / "m.optc")], stderr=subprocess.PIPE)
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
+
+    command = [*OPTC, "compile", str(mlp), "-o", str(tmp_path / "m.optc")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=300)

@@ -135,6 +135,7 @@ import numpy as np, optc.runtime
 model = optc.runtime.load(sys.argv[1])
 model.threads = 2
 x = np.ones((4096, 256), np.float32)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
     while True:

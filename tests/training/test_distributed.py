@@ -1,5 +1,6 @@
 """How ranks find each other, and what they do when nobody is left to look after them."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -65,3 +66,14 @@ def test_an_incomplete_environment_is_an_error(port, monkeypatch):
     monkeypatch.delenv("MASTER_PORT")
     with pytest.raises(UsageError, match="WORLD_SIZE is set, but not MASTER_PORT"):
         distributed.initialize(1)
+
+
+def test_links_and_reductions_are_measured_alike_on_all_ranks(ranks):
+    status, output = ranks(2, "measure_links.py")
+    assert status == 0, output[-3000:]
+    first, second = (json.loads(line) for line in output.splitlines() if line.startswith("["))
+    assert first == second
+    latency, bandwidth, reduction = first
+    assert 0 < latency < 1
+    # In a ring of two, each rank sends as many bytes as there are.
+    assert 0 < reduction <= distributed.MEASURED_BYTES / 0.05 < bandwidth
