@@ -66,6 +66,10 @@ def simulator(models: list[str]) -> list[dict]:
         for key in ("measured", "simulated"):
             order = (result["choice"].split(":")[2] for result in sorted(results, key=lambda result: result[key]))
             print(f"{model} {key}, fastest first: {', '.join(order)}")
+        for one, other in itertools.combinations(sorted(results, key=lambda result: result["measured"]), 2):
+            if one["simulated"] > other["simulated"]:
+                apart = other["measured"] / one["measured"] - 1
+                print(f"{model}: {one['choice']} and {other['choice']} change places, {apart:.1%} apart")
         found += results
     return found
 

@@ -24,9 +24,9 @@ The result is exact for all data. If much of it is outside of the windows, ``int
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
-from math import gcd
+from math import gcd, prod
 from operator import or_
 from typing import Any
 
@@ -34,6 +34,7 @@ from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops
+from optc.backends.kernels.decisions import decide
 from optc.backends.kernels.fused import Fused
 from optc.backends.kernels.integer_contraction import QUAD
 from optc.backends.kernels.integer_dense import Dense
@@ -41,10 +42,13 @@ from optc.backends.kernels.integer_dot import choose, choose_bytes, put, vector_
 from optc.backends.kernels.integer_form import Form
 from optc.backends.kernels.integer_product import Product, Width
 from optc.backends.kernels.integer_window import EXCESS, FIRST, LAST
-from optc.backends.kernels.loops import bind, load, loop, sequence, store
+from optc.backends.kernels.loops import bind, load, loop, sequence, static, store
+from optc.backends.kernels.packed_schedule import far, prefetch
 
 _UNROLL = 2
 """Steps of the reduction in one turn of its loop."""
+_TILES = 8
+"""Row tiles that the next columns are fetched in where their number is not known."""
 
 
 class ByteProduct(Product):
@@ -61,6 +65,9 @@ class ByteProduct(Product):
         self.byte_dot = dot
         self.run = int(self.rows.chunks) * self.rows.chunk
         self.words = self.rows.taps * self.run // QUAD
+        (packed,) = loops.loads(self.column_operand)
+        is_far = far(prod(int(d) for d in packed.source.shape), target)
+        self.far = bool(decide("prefetch", int(is_far), (0, 1)))
         self.lists = _Lists(self) if splits else None
         if self.lists is not None:
             self.grain = self.lists.period * self.vector
@@ -134,6 +141,7 @@ class ByteProduct(Product):
         vectors = [(u, v) for u in range(self.mr) for v in range(0, width.computed, lanes)]
         named, bases = self._bases(i * self.mr)
         start = self.epilogue.first
+        fetch, ahead = self._next_tile(columns, origin, i)
 
         def add(u: int, v: int, word: Any, at: Any, adds: Any = self.dot.add) -> Any:
             column = vector_at(columns, at + v * QUAD, QUAD * lanes)
@@ -160,12 +168,14 @@ class ByteProduct(Product):
 
                     return sequence(*(update(u, v) for u, v in vectors))
 
-                def block(k: Any) -> Any:
-                    if self.fours:
-                        return four(k * _UNROLL)
-                    return sequence(*(step(k * _UNROLL + i) for i in range(_UNROLL)))
-
                 whole, rest = divmod(self.run // QUAD, _UNROLL)
+
+                def block(k: Any) -> Any:
+                    fetched = fetch(g * whole + k)
+                    if self.fours:
+                        return sequence(fetched, four(k * _UNROLL))
+                    return sequence(fetched, *(step(k * _UNROLL + i) for i in range(_UNROLL)))
+
                 return sequence(
                     loop("k", whole, block) if whole else None,
                     *(step(loops.index(whole * _UNROLL + i)) for i in range(rest)),
@@ -181,7 +191,22 @@ class ByteProduct(Product):
             if self.lists.dense is not None:
                 words = self._words(self.lists.dense, bases, acc, vectors, columns, origin)
                 whole = tirx.IfThenElse(load(self.lists.dense.many, 0) != 0, words, whole)
-        return sequence(named, *allocate, *begin, whole), acc
+        return sequence(named, ahead, *allocate, *begin, whole), acc
+
+    def _next_tile(self, columns: Any, origin: Any, i: Any) -> tuple[Callable[[Any], Any], Any]:
+        """Return the function that fetches, block by block of steps, part ``i`` of the column tile behind this one.
+
+        Columns come from beyond the second-level cache, where the first row tile would wait for each line. The second
+        result binds where the part begins.
+        """
+        if not self.far:
+            return lambda _: None, None
+        tiles = static(loops.ceildiv(self.rows.height, self.mr)) or _TILES
+        blocks = self.rows.taps * (self.run // QUAD // _UNROLL)
+        step = -(-_UNROLL * self.nr * QUAD // tiles)
+        start = tirx.Var("ahead", "int64")
+        where = origin + self.words * self.nr * QUAD + i * (blocks * step)
+        return lambda block: prefetch(columns, start + block * step, step), tirx.Bind(start, where)
 
     def _words(
         self,

@@ -38,8 +38,11 @@ _CHUNK_ROWS = 64
 
 
 def far(size: int, target: Target) -> bool:
-    """Tell whether ``size`` bytes of panels come from beyond the second-level cache in each run."""
-    return size > target.caches.l2 // 2
+    """Tell whether ``size`` bytes of panels are worth fetching ahead, if they are not for the first-level cache.
+
+    In each run of a network they come from beyond the second-level one, which the kernels before have filled.
+    """
+    return size > target.caches.l1
 
 
 def prefetch(view: Any, start: Any, count: int) -> Any:
@@ -239,8 +242,8 @@ class PackedGenerator:
     def _next_panel(self, places: dict[Any, Any], r: Any, t: Any, block: Block) -> tuple[Any, list[Any]]:
         """Return the function that fetches, step by step, part ``r`` of the next panel into the second-level cache.
 
-        Panels of a large operand come from memory, where the first rows of a chunk would wait for each line. In
-        memory the next batch follows the last panel of this one.
+        Panels come from beyond it, where the first rows of a chunk would wait for each line. In memory the next batch
+        follows the last panel of this one.
         """
         operand = loops.loads(self.column_operand)[0].source
         if not self.far or self.rows_first:

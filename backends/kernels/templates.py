@@ -32,12 +32,12 @@ ScheduleFunction = Callable[[Any, Target], Any]
 VERSIONS = {
     **dict.fromkeys(generic.RULES, 3),
     attention.TEMPLATE: 1,
-    contraction.TEMPLATE: 3,
-    integer_contraction.TEMPLATE: 4,
+    contraction.TEMPLATE: 4,
+    integer_contraction.TEMPLATE: 5,
     integer_depthwise.TEMPLATE: 2,
     weight_only.TEMPLATE: 1,
     window.TEMPLATE: 3,
-    winograd.TEMPLATE: 2,
+    winograd.TEMPLATE: 3,
 }
 """Counts changes of each template and rule after which older tuning records no longer hold: decisions mean something
 else, or the untuned kernel, which they are relative to, has become another one."""
