@@ -33,6 +33,8 @@ _TASK_WORK = 200_000
 """Multiply-adds below which a task is not worth its own thread."""
 _LINE = 64
 """Bytes of a cache line."""
+_CHUNK_TILES = 8
+"""Row tiles of a chunk that pay for reading the panels once more."""
 _CHUNK_ROWS = 64
 """Rows that a chunk has room for at least: k is cut into blocks so that they fit."""
 
@@ -115,7 +117,7 @@ class PackedGenerator:
     def statement(self) -> Any:
         """Return the loop nest."""
         chunk, groups = self._chunk_tiles(), self._groups()
-        chunks = self.reader.size(loops.ceildiv(self.row_tiles, chunk))
+        chunks, tiles = self._chunks(chunk)
         self.tail, allocate = loops.scratch("tail", self.mr * self.lanes, self.dtype)
         self.chunk, self.per_group = chunk, -(-self.column_tiles // groups)
         size = chunk * self.mr * self.per_group * self.nr
@@ -124,8 +126,8 @@ class PackedGenerator:
         allocations += [allocate_sums] if self.blocks > 1 else []
 
         def body(b: Any, c: Any, g: Any) -> Any:
-            first = c * chunk
-            here = self.row_tiles if chunk == static(self.row_tiles) else loops.smaller(chunk, self.row_tiles - first)
+            first = c * tiles
+            here = self.row_tiles if chunk == static(self.row_tiles) else loops.smaller(tiles, self.row_tiles - first)
             return sequence(
                 *allocations,
                 bind("first", first, lambda start: self._blocks(self.batch.at(b), start, here, g, groups)),
@@ -138,8 +140,20 @@ class PackedGenerator:
 
         return loop("task", self.b * chunks * groups, task, "parallel")
 
+    def _chunks(self, most: int) -> tuple[Any, Any]:
+        """Return the number of chunks of at most ``most`` row tiles, and how many each has but the last ones.
+
+        Where only a run knows the rows, it makes equal chunks, and more than needed if there are rows for them.
+        """
+        if static(self.row_tiles) is not None:
+            return self.reader.size(loops.ceildiv(self.row_tiles, most)), most
+        size, tiles = self.reader.size, self.row_tiles
+        useful = loops.smaller(_TASKS // 2, tiles // (_CHUNK_TILES if self.column_tiles > 1 else 2))
+        chunks = size(tirx.max(loops.index(1), tirx.max(loops.ceildiv(tiles, most), useful)))
+        return chunks, size((tiles + chunks - 1) // chunks)
+
     def _chunk_tiles(self) -> int:
-        """Return how many row tiles make a chunk."""
+        """Return how many row tiles make a chunk, at most where only a run knows how many there are."""
         row_bytes = max(1, self._row_elements() * bits(self.dtype) // 8)
         fit = max(4, self.chunk_bytes // (row_bytes * self.mr))
         tiles, batch = static(self.row_tiles), static(self.b)
@@ -147,7 +161,9 @@ class PackedGenerator:
             return fit
         chunks = max(1, -(-tiles // fit))
         wanted = min(_TASKS, max(1, batch * self.r * self.n * self.k // _TASK_WORK))
-        while batch * chunks % wanted and chunks < tiles and -(-tiles // (chunks + 1)) >= 8:
+        # Panels are read once more for each chunk, which matters less than threads without work.
+        least = _CHUNK_TILES if batch * chunks * self.column_tiles >= wanted else 2
+        while batch * chunks % wanted and chunks < tiles and -(-tiles // (chunks + 1)) >= least:
             chunks += 1
         options = [-(-tiles // n) for n in counts(min(128, tiles))]
         return decide("chunk", max(1, -(-tiles // chunks)), options)

@@ -1,7 +1,7 @@
 """Run by torchrun: trains models over all ranks and compares with the same training in one process.
 
 Arguments are cases `model:pp:dp:schedule:data_parallel`; a line of JSON per case is printed by rank 0. The reference
-sees the same microbatches, because batch normalization and the order of sums depend on them.
+sees the same microbatches and sums in the same order: batch normalization depends on them, and every rounding.
 """
 
 import copy
@@ -28,18 +28,28 @@ def make_optimizer(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
-def reference(module, inputs, targets, loss_fn, steps, parts):
-    """Train ``module`` in one process; its losses, and its gradients of the first step."""
+def reference(module, inputs, targets, loss_fn, steps, parts, replicas):
+    """Train ``module`` in one process; its losses, and its gradients of the first step.
+
+    Gradients are summed over the microbatches of each replica first: where a ReLU flips, another order of sums ends
+    at other weights.
+    """
     optimizer = make_optimizer(module.parameters())
     losses, gradients = [], {}
     for _ in range(steps):
-        optimizer.zero_grad()
-        total = 0.0
+        total, sums = 0.0, []
         for index in range(parts):
+            if index % (parts // replicas) == 0:
+                optimizer.zero_grad()
+                sums.append(None)
             part = [tensor.tensor_split(parts)[index] for tensor in inputs]
-            loss = loss_fn(module(*part), targets.tensor_split(parts)[index]) / parts
+            loss = loss_fn(module(*part), targets.tensor_split(parts)[index]) / (parts // replicas)
             loss.backward()
-            total += float(loss.detach())
+            total += float(loss.detach()) / replicas
+            sums[-1] = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+        for name, parameter in module.named_parameters():
+            if name in sums[0]:
+                parameter.grad = sum(found[name] for found in sums) / replicas
         gradients = gradients or {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
         optimizer.step()
         losses.append(total)
@@ -79,7 +89,7 @@ def run(case, steps, overhead):
     if trainer.world.rank != 0:
         return None
     start, single = module.state_dict(), copy.deepcopy(module)
-    expected, named = reference(single, inputs, targets, loss_fn, steps, MICROBATCHES)
+    expected, named = reference(single, inputs, targets, loss_fn, steps, MICROBATCHES, dp)
     after = single.state_dict()
     learned = dict(single.named_parameters())
     # Replicas see only their half of the batches: their running statistics cannot be those of one process.
