@@ -11,7 +11,7 @@ from tvm import te, tirx
 
 from optc.backends.base import Target
 from optc.backends.cpu.single import aligned
-from optc.backends.kernels import contraction, contraction_schedule, convolution, window
+from optc.backends.kernels import contraction, contraction_schedule, convolution, loops, threads, window
 from optc.backends.kernels.fused import take_apart
 
 F = np.float32
@@ -57,6 +57,26 @@ def test_packed_matmul(target, m, k, n):
     a, w = data(m, k), data(k, n, seed=1)
     got = call(scheduled, a, contraction.pack_columns(w, 16), np.zeros((m, n), F))
     np.testing.assert_allclose(got, a @ w, rtol=1e-4, atol=1e-5 * np.sqrt(k))
+
+
+@pytest.mark.parametrize("columns", [16, 96])
+def test_rows_of_the_run_make_chunks(columns):
+    m = tirx.Var("m", "int64")
+    scheduled = contraction_schedule.schedule(matmul_function(m, 600, columns), TARGETS["avx2"])
+    w = data(600, columns, seed=1)
+    for rows in (0, 1, 6, 13, 95, 97, 577):
+        a = data(rows, 600)
+        got = call(scheduled, a, contraction.pack_columns(w, 16), np.zeros((rows, columns), F))
+        np.testing.assert_allclose(got, a @ w, rtol=1e-4, atol=1e-5 * np.sqrt(600))
+
+
+@pytest.mark.parametrize("m, k, n, least", [(40, 2880, 16, 4), (40, 2880, 64, 4), (200, 2880, 16, 8), (40, 64, 16, 1)])
+def test_work_is_shared_among_threads(m, k, n, least):
+    """Of a few rows too, where there are no columns to share: products of 40 rows are those of short texts."""
+    scheduled = contraction_schedule.schedule(matmul_function(m, k, n), TARGETS["avx2"])
+    (tasks,) = (int(f.extent) for f in loops.collect(scheduled.body, tirx.For) if threads.is_parallel(f))
+    assert tasks >= least
+    assert tasks <= 8
 
 
 def test_the_epilogue_runs_on_the_tile():

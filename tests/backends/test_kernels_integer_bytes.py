@@ -8,10 +8,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
+from optc.backends.cpu.build import CpuBackend
 from optc.backends.cpu.target import resolve
 from optc.backends.kernels import integer_window
 from optc.backends.kernels.integer_contraction import QUAD, pack_columns
 from optc.backends.kernels.integer_dot import choose_bytes
+from optc.frontend.onnx import load
 
 SETTINGS = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -115,6 +117,16 @@ def test_each_channel_has_the_window_of_its_weights():
 )
 def test_sums_stay_in_registers(target, rows):
     assert choose_bytes(resolve(target)).rows(16) == rows
+
+
+@pytest.mark.parametrize("target", ["icelake-server", "znver3"])
+def test_columns_are_fetched_ahead_if_the_first_cache_cannot_hold_them(make_model, target):
+    for k, fetched in ((64, False), (512, True)):
+        b = np.random.default_rng(0).integers(-127, 128, (k, 256)).astype(np.int8)
+        nodes = [helper.make_node("MatMulInteger", ["a", "b"], ["y"])]
+        model = make_model(nodes, {"a": (np.uint8, [64, k])}, {"y": np.int32}, {"b": b})
+        scheduled = CpuBackend(resolve(target)).schedule(load(model)).relax.script()
+        assert ("prefetch" in scheduled) == fetched
 
 
 def bytes_of(rng: np.random.Generator, shape, dtype, pattern: str) -> np.ndarray:
