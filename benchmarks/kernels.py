@@ -1,10 +1,11 @@
 """Efficiency of single kernels: those of the benchmark models, and 200 random shapes of matrix products and so on.
 
-    python benchmarks/kernels.py [--only models|gemm|conv|softmax] [--no-write]
+    python benchmarks/kernels.py [--only models|gemm|conv|softmax] [--no-write] [--page NAME]
 
 The kernels of the models are timed inside of the compiled models that benchmarks/performance.py left in
 build/performance/. Random shapes are models of one node, checked against NumPy or onnxruntime and timed beside
-onnxruntime. Everything runs with one thread; kernels of the models with two as well. Writes docs/kernels.md.
+onnxruntime. Everything runs with one thread; kernels of the models with two as well. Writes docs/NAME.md; NAME is
+kernels unless --page says so.
 
     --prepare compiles the random shapes only, --prepared measures them afterwards, --report writes the page only
 """
@@ -100,13 +101,14 @@ def prepare(kind: str) -> None:
         optc.compile(shape.model(), verify=False).save(folder / f"{slug(shape.name)}.optc")
 
 
-def page(peak: float, results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the page of all tables."""
+def page(peak: float, results: dict[str, list[dict[str, Any]]], name: str) -> str:
+    """Return the page ``name`` of all tables; it refers to the page about models of the same machine."""
     lines = [
         "# Kernels",
         "",
         f"One thread, float32 peak of this machine {peak:.1f} GFLOP/s (measured: fused multiply-adds in registers);",
-        "see [performance](performance.md) for the machine. `make kernels` measures this page.",
+        f"see [performance]({name.replace('kernels', 'performance')}.md) for the machine. `make kernels` measures this "
+        "page.",
     ]
     if "models" in results:
         lines += ["", *_models(peak, results["models"])]
@@ -185,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["models", *shapes.SHAPES], help="measure one part")
     parser.add_argument("--no-write", action="store_true", help="print the page only")
+    parser.add_argument("--page", default="kernels", help="name of the page that is written")
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--prepared", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
@@ -202,10 +205,10 @@ def main() -> None:
     read = {part: json.loads(file.read_text()) for part, file in found.items() if file.is_file()}
     if read and not options.prepare:
         peak = float(np.median([part["peak"] for part in read.values()]))
-        text = page(peak, {part: content["rows"] for part, content in read.items()})
+        text = page(peak, {part: content["rows"] for part, content in read.items()}, options.page)
         print(text)
         if not options.no_write:
-            (cases.ROOT / "docs" / "kernels.md").write_text(text)
+            (cases.ROOT / "docs" / f"{options.page}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -73,11 +73,39 @@ def _byte(x: Any, dtype: str) -> Any:
 
 
 def _fits_int32(x: Any) -> bool:
-    """Tell whether ``x`` is an int32 times a number that is surely less than 1."""
-    if not isinstance(x, tirx.Mul) or not isinstance(x.a, tirx.Cast) or x.a.value.ty.dtype != "int32":
-        return False
-    low, high = (float(x.b.value),) * 2 if isinstance(x.b, tirx.FloatImm) else _limits(x.b)
-    return low is not None and high is not None and -1 < low <= high < 1
+    """Tell whether ``x`` is surely a number that int32 holds: an int32 times less than 1, or made of small integers."""
+    if isinstance(x, tirx.Mul) and isinstance(x.a, tirx.Cast) and x.a.value.ty.dtype == "int32":
+        low, high = (float(x.b.value),) * 2 if isinstance(x.b, tirx.FloatImm) else _limits(x.b)
+        if low is not None and high is not None and -1 < low <= high < 1:
+            return True
+    return _magnitude(x) < 2.0**30
+
+
+def _magnitude(x: Any) -> float:
+    """Return a bound of the magnitude of ``x``, which is no NaN then; infinite if none is known."""
+    if isinstance(x, tirx.FloatImm | tirx.IntImm):
+        return abs(float(x.value))
+    if isinstance(x, tirx.Cast):
+        return min(_magnitude(x.value), _largest(str(x.ty.dtype)))
+    if isinstance(x, tirx.Add | tirx.Sub):
+        return _magnitude(x.a) + _magnitude(x.b)
+    if isinstance(x, tirx.Mul):
+        return _magnitude(x.a) * _magnitude(x.b)
+    if isinstance(x, tirx.Div) and isinstance(x.b, tirx.FloatImm) and float(x.b.value):
+        return _magnitude(x.a) / abs(float(x.b.value))
+    low, high = _limits(x)
+    if low is not None and high is not None:
+        return max(-low, high)
+    if isinstance(x, tvm.ir.Call) and str(x.op.name).endswith(".nearbyint"):
+        return _magnitude(x.args[0]) + 1
+    return _largest(str(x.ty.dtype))
+
+
+def _largest(dtype: str) -> float:
+    """Return the largest magnitude of a type, infinite for floats."""
+    if not dtype.startswith(("int", "uint")):
+        return float("inf")
+    return 2.0 ** (int(tvm_ffi.dtype(dtype).bits) - int(dtype.startswith("int")))
 
 
 def _saturated(x: Any, wide: str, narrow: str) -> Any:

@@ -61,6 +61,26 @@ def test_quantized_and_dequantized(dtype, zero, other):
     assert casts == 0 if zero == other else casts > 0
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize(("scale", "bounded"), [(0.25, True), (1e-8, False)])
+def test_sums_of_small_integers_need_no_bounds_of_their_own(dtype, scale, bounded):
+    """A residual: two dequantized bytes, whose sum is quantized again. A tiny scale makes more than int32 holds."""
+
+    def add(v):
+        first = saturate(v, tirx.const(3, "int32"), dtype).astype("int32") - tirx.const(3, "int32")
+        second = v.astype("int8").astype("int32") - tirx.const(-7, "int32")
+        both = first.astype("float32") * tirx.const(0.3, "float32") + second.astype("float32") * tirx.const(
+            0.2, "float32"
+        )
+        return saturate(both / tirx.const(scale, "float32"), tirx.const(5, "int32"), dtype)
+
+    small = values()
+    np.testing.assert_array_equal(*run(add, small[np.abs(small) < 100], dtype))
+    # Two clamps of floats: of what is rounded first, and of the sum if nothing else bounds it.
+    text = rounding.simplify(add(tirx.Var("v", "float32"))).script()
+    assert (text.count("T.max("), text.count("T.min(")) == ((3, 3) if bounded else (4, 4))
+
+
 def test_what_has_no_bounds_stays():
     v = tirx.Var("v", "float32")
     free = tirx.nearbyint(v).astype("int32")
