@@ -64,8 +64,9 @@ class Product:
         self.reduced = fused.reduced
         make = WindowRows if "optc.kernel" in notes else MatrixRows
         self.vector = self.grain = target.lanes(8 * form.size)
-        self.rows: Rows = make(fused, self.reader, row_axes, row_operand, form, self.vector, strip_bytes)
         self.n, self.b = size(self.columns.total), size(self.batch.total)
+        batch = static(self.b)
+        self.rows: Rows = make(fused, self.reader, row_axes, row_operand, form, self.vector, strip_bytes, batch)
         self.nr = self._column_block()
         self.mr = tile_rows(static(self.rows.height), self.dot.rows(self.nr))
         self.tiles = size(loops.ceildiv(self.n, self.nr))
@@ -229,7 +230,14 @@ class Product:
                 value = load(packed, origin + ((k // self.packed) * self.nr + j) * self.packed + k % self.packed)
                 return store(panel, k * self.nr + j, value.astype("int16"))
 
-            return loop("k", count * chunk, lambda k: loop("j", self.nr, lambda j: element(k, j)))
+            return groups(element)
+
+        def groups(element: Callable[[Any, Any], Any]) -> Any:
+            # Those that share a lane are written together: LLVM makes vectors of them.
+            def lane(k: Any, j: Any) -> Any:
+                return sequence(*(element(k * group + i, j) for i in range(group)))
+
+            return loop("k", count * chunk // group, lambda k: loop("j", self.nr, lambda j: lane(k, j)))
 
         if self.packed:
             packed = self._packed_tile(places, t)
@@ -246,7 +254,7 @@ class Product:
                 value = tirx.Select(loops.index(at) < loops.index(k_total), value, tirx.const(0, "int32"))
             return store(panel, ((k // group) * self.nr + j) * group + k % group, value.astype("int16"))
 
-        return loop("k", count * chunk, lambda k: loop("j", self.nr, lambda j: element(k, j)))
+        return groups(element)
 
     def _product(
         self,

@@ -19,6 +19,8 @@ from optc.backends.kernels.loops import bind, load, loop, sequence, static, stor
 
 _LEAST_ROWS = 64
 """Rows that pay for widening the columns once more."""
+_MANY = 8
+"""Products in a batch that make about as many for each thread, if not as many."""
 
 
 class Rows(Protocol):
@@ -85,10 +87,13 @@ def _apart(pitch: Any, size: int) -> Any:
     return pitch + 64 // size if static(pitch) is not None and pitch * size % 512 == 0 else pitch
 
 
-def strip_height(total: int, fit: int, enough: int) -> int:
-    """Return the height of equal strips of at most ``fit``: an even number of them, where ``enough`` stay in each."""
+def strip_height(total: int, fit: int, enough: int, batch: int | None) -> int:
+    """Return the height of equal strips of at most ``fit``: an even number of them, where ``enough`` stay in each.
+
+    A ``batch`` that threads share evenly needs none: each strip reads, and may widen, all columns again.
+    """
     count = -(-total // fit)
-    if total >= 2 * enough:
+    if total >= 2 * enough and (batch is None or (batch % 2 and batch < _MANY)):
         count = max(2, count + count % 2)
     return max(1, -(-total // max(1, count)))
 
@@ -99,7 +104,15 @@ class MatrixRows:
     taps = 1
 
     def __init__(
-        self, fused: Fused, reader: Reader, axes: Axes, operand: Any, form: Form, lanes: int, strip_bytes: int
+        self,
+        fused: Fused,
+        reader: Reader,
+        axes: Axes,
+        operand: Any,
+        form: Form,
+        lanes: int,
+        strip_bytes: int,
+        batch: int | None,
     ) -> None:
         self.reader, self.axes, self.operand, self.form, self.lanes = reader, axes, operand, form, lanes
         self.reduced = fused.reduced
@@ -114,7 +127,7 @@ class MatrixRows:
         self.pitch = _apart(self.chunks * self.chunk, form.size)
         fit = max(_LEAST_ROWS, strip_bytes // (form.size * (static(self.pitch) or PANEL_DEPTH)))
         rows = static(self.total)
-        self.height = fit if rows is None else strip_height(rows, fit, _LEAST_ROWS)
+        self.height = fit if rows is None else strip_height(rows, fit, _LEAST_ROWS, batch)
         self.strips = reader.size(loops.ceildiv(self.total, self.height))
 
     def count(self, s: Any) -> Any:
@@ -159,7 +172,15 @@ class WindowRows:
     """Windows over lines of an image ``[N, H, W, C]``: output pixels are rows, strips are whole lines of them."""
 
     def __init__(
-        self, fused: Fused, reader: Reader, axes: Axes, operand: Any, form: Form, lanes: int, strip_bytes: int
+        self,
+        fused: Fused,
+        reader: Reader,
+        axes: Axes,
+        operand: Any,
+        form: Form,
+        lanes: int,
+        strip_bytes: int,
+        batch: int | None,
     ) -> None:
         self.reader, self.axes, self.form, self.lanes = reader, axes, form, lanes
         notes = {
@@ -189,19 +210,19 @@ class WindowRows:
         self.chunks, self.chunk = split_depth(length, int(fused.core.annotations["optc.packed"]))
         self.reach = [(k - 1) * d for k, d in zip(self.kernel, self.dilations, strict=True)]
         self.width = reader.size((self.columns - 1) * self.strides[1] + self.reach[1] + 1)
-        self.block = self._block(strip_bytes)
+        self.block = self._block(strip_bytes, batch)
         self.height = reader.size(self.block * self.columns)
         self.total = reader.size(axes.total)
         self.strips = reader.size(loops.ceildiv(self.lines, self.block))
 
-    def _block(self, strip_bytes: int) -> int:
+    def _block(self, strip_bytes: int, batch: int | None) -> int:
         """Return how many lines of output a strip has."""
         columns, lines = static(self.columns), static(self.lines)
         line = self.form.size * self.c * (static(self.width) or 64) * self.strides[0]
         fit = max(strip_bytes // max(1, line), -(-_LEAST_ROWS // max(1, columns or _LEAST_ROWS)))
         if lines is None:
             return max(1, fit)
-        return strip_height(lines, max(1, fit), -(-_LEAST_ROWS // max(1, columns or _LEAST_ROWS)))
+        return strip_height(lines, max(1, fit), -(-_LEAST_ROWS // max(1, columns or _LEAST_ROWS)), batch)
 
     def count(self, s: Any) -> Any:
         """Return the number of rows in strip ``s``."""

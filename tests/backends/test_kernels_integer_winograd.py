@@ -38,7 +38,7 @@ def chosen(f):
     fused = take_apart(f, integer_contraction.TEMPLATE)
     reader = Reader(fused)
     axes = list(fused.spatial.variables[1:3]), fused.spatial.extents[1:3]
-    rows = WindowRows(reader.fused, reader, type(fused.spatial)(*axes), fused.core.body.value.b.a, WIDE, 16, 2**18)
+    rows = WindowRows(reader.fused, reader, type(fused.spatial)(*axes), fused.core.body.value.b.a, WIDE, 16, 2**18, 1)
     return integer_winograd.choose(reader.fused, rows, fused.spatial.extents[-1])
 
 
