@@ -31,6 +31,7 @@ ScheduleFunction = Callable[[Any, Target], Any]
 
 VERSIONS = {
     **dict.fromkeys(generic.RULES, 3),
+    generic.TURNED: 4,
     attention.TEMPLATE: 1,
     contraction.TEMPLATE: 4,
     integer_contraction.TEMPLATE: 5,

@@ -4,10 +4,11 @@
         for block of a:
             square = x[b, a] of the block, transposed in registers        whole vectors of both axes
             out[a, b] = f(square)
-            the rest element by element, in the same blocks
+            what is less than a square, or of an unknown extent, element by element in the same blocks
 
 ``b`` is the last axis of the result and ``a`` the axis that is last in the operand. Blocks are a cache line wide both
-ways, so each line of either is touched once.
+ways, so each line of either is touched once. The last block of a known extent is moved back to end with it: what it
+computes again is the same, and all squares are whole.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from optc.backends.kernels.transpose import transpose
 _LINE_BYTES = 64
 _SQUARE_BITS = 128
 """The vectors that squares of short integers are made of: shuffles across wider ones take several instructions."""
+_LEAST_LANES = 4
+"""The side of the smallest square that is worth its shuffles."""
 _SHORT = ("int8", "uint8", "int16", "uint16")
 
 
@@ -61,6 +64,12 @@ def _lanes(dtype: str, target: Target) -> int:
     return _SQUARE_BITS // bits(dtype) if dtype in _SHORT and target.vector_bits >= _SQUARE_BITS else 1
 
 
+def _moved_back(start: Any, size: int, extent: Any) -> Any:
+    """Return where a block of ``size`` from ``start`` begins so that it ends within a known ``extent``."""
+    known = loops.static(extent)
+    return start if known is None or known < size else loops.smaller(start, known - size)
+
+
 class _Turned:
     """Writes the loop nest."""
 
@@ -75,6 +84,9 @@ class _Turned:
         self.outer = Axes([spatial.variables[i] for i in rest], [spatial.extents[i] for i in rest])
         self.dtype = str(operand.source.dtype)
         self.lanes = _lanes(self.dtype, target)
+        least = min(loops.static(extent) or self.lanes for extent in (self.rows, self.columns))
+        while self.lanes > _LEAST_LANES and least < self.lanes:
+            self.lanes //= 2
         size = max(self.lanes, _LINE_BYTES * 8 // bits(self.dtype))
         self.high, self.wide = (self._fit(extent, size) for extent in (self.rows, self.columns))
 
@@ -91,13 +103,15 @@ class _Turned:
         scratch = [allocate, allocate_turned] if self.lanes > 1 else []
 
         def task(t: Any) -> Any:
-            return bind("o", t // blocks, lambda o: bind("first", t % blocks * self.wide, lambda b: body(o, b)))
+            first = _moved_back(t % blocks * self.wide, self.wide, self.columns)
+            return bind("o", t // blocks, lambda o: bind("first", first, lambda b: body(o, b)))
 
         def body(o: Any, b: Any) -> Any:
             places = self.outer.at(o)
 
             def block(i: Any) -> Any:
-                return bind("second", i * self.high, lambda a: self._block(places, a, b, square, turned))
+                second = _moved_back(i * self.high, self.high, self.rows)
+                return bind("second", second, lambda a: self._block(places, a, b, square, turned))
 
             return sequence(*scratch, loop("i", loops.ceildiv(self.rows, self.high), block))
 
@@ -117,6 +131,8 @@ class _Turned:
 
             rows, columns = self.high // self.lanes, self.wide // self.lanes
             whole = loop("i", rows, lambda i: loop("j", columns, lambda j: one(i, j)))
+        if (loops.static(self.rows) or 0) >= self.high and (loops.static(self.columns) or 0) >= self.wide:
+            return whole
         inside = tirx.all(a + self.high <= loops.index(self.rows), b + self.wide <= loops.index(self.columns))
         return tirx.IfThenElse(inside, whole, partial)
 
