@@ -83,13 +83,16 @@ class Target:
 class Build:
     """Compiled code and what it needs: ``weights`` by name in the order of the parameters of ``main``.
 
-    ``calls`` are the kernels in the order of the clock that ``main`` takes last, None if it takes none. Inputs may lie
-    at any multiple of ``alignment`` and of their elements' size. ``workloads`` are what can be tuned, by kernel.
+    ``activation_bytes`` are those of tensors between kernels as planned, ``least_activation_bytes`` what any plan takes
+    at least; None if a run decides. ``calls`` are the kernels in the order of the clock that ``main`` takes last, None
+    if it takes none. Inputs may lie at any multiple of ``alignment`` and of their elements' size. ``workloads`` are
+    what can be tuned, by kernel.
     """
 
     code: bytes
     weights: dict[str, np.ndarray]
     activation_bytes: int | None
+    least_activation_bytes: int | None = None
     kernels: list[dict[str, Any]] = field(default_factory=list)
     calls: list[str] | None = None
     alignment: int = 1

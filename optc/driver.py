@@ -240,6 +240,7 @@ def _report(passes: Sequence[PassRecord], build: Build, target: Target, tuned: T
             if r.modified
         ],
         "kernels": build.kernels,
+        "memory": {"planned": build.activation_bytes, "bound": build.least_activation_bytes},
         "caches": {"l1": target.caches.l1, "l2": target.caches.l2},
         "tuning": tuned.coverage if tuned else "none: every kernel has its analytic or generic schedule",
     }

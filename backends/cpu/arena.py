@@ -51,6 +51,13 @@ def top(order: Sequence[tuple[int, list[int]]]) -> list[int]:
     return [i for i, _ in order if i not in covered]
 
 
+def bound(lives: Sequence[Life]) -> int:
+    """Return the bytes of all tensors in the step that has most of them alive: no plan takes less."""
+    return max(
+        (sum(life.size for life in lives if life.first <= n <= life.last) for n in {x.first for x in lives}), default=0
+    )
+
+
 def _best_gap(taken: Sequence[tuple[int, int]], size: int) -> int:
     """Return the start of the smallest gap between the intervals ``taken`` that fits, else the end of all."""
     best, smallest, end = None, 0, 0

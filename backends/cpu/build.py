@@ -86,6 +86,7 @@ class CpuBackend:
             code=shared_library(generated.executable, self.target),
             weights=scheduled.lowered.weights,
             activation_bytes=generated.activation_bytes,
+            least_activation_bytes=generated.least_activation_bytes,
             kernels=[kernel.describe() for kernel in scheduled.kernels],
             calls=generated.calls,
             workloads={k.name: k.workload for k in scheduled.kernels if k.tunable and k.workload is not None},
@@ -120,11 +121,12 @@ def _to_dataflow() -> list[Any]:
 class Generated:
     """Code for the virtual machine; ``main`` takes inputs, weights and the clock of ``calls`` (``segments.py``).
 
-    The bytes of activations are None when symbolic sizes leave them open.
+    The bytes of activations, and the least that any plan takes, are None when symbolic sizes leave them open.
     """
 
     executable: Any
     activation_bytes: int | None
+    least_activation_bytes: int | None
     calls: list[str]
 
 
@@ -154,7 +156,8 @@ def generate(module: Any, target: Target) -> Generated:
         outlined = outline(flatten(module))
         planned = plan(outlined.module)
         executable = tvm.compile(planned, target=tvm_target, relax_pipeline=finish, tir_pipeline=TIR_PIPELINE)
-    return Generated(executable, memory.planned_bytes(planned, outlined.blocks), outlined.calls)
+    planned_bytes, least = (memory.planned_bytes(planned, blocks) for blocks in (outlined.blocks, outlined.least))
+    return Generated(executable, planned_bytes, least, outlined.calls)
 
 
 def shared_library(executable: Any, target: Target) -> bytes:

@@ -45,12 +45,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Code:
-    """A segment's function of ``inputs``, ``scalars`` and outputs; the bytes are None if sizes are symbolic."""
+    """A segment's function of ``inputs``, ``scalars`` and outputs.
+
+    The bytes of its block of memory, and the least that any block can have, are None if sizes are symbolic.
+    """
 
     function: Any
     inputs: list[Any]
     scalars: list[Any]
     block_bytes: int | None
+    least_bytes: int | None
 
 
 class Kernels:
@@ -112,7 +116,7 @@ class _Writer:
         buffers |= {t: self._parameter(t, f"output{i}") for i, t in enumerate(self.outputs)}
         pointers: dict[Any, Any] = {t: b.data for t, b in buffers.items()}
         calls = self._calls()
-        places, total = self._places()
+        places, total, least = self._places()
         block = tirx.Var("block", PointerType(PrimType("uint8")))
         for tensor, place in places.items():
             pointers[tensor] = tirx.handle_add_byte_offset(block, loops.index(place))
@@ -130,7 +134,8 @@ class _Writer:
         params = [*(buffers[t] for t in self.inputs), clock.times] + [self.symbols[s] for s in scalars]
         params += [buffers[t] for t in self.outputs]
         function = tirx.PrimFunc(params, loops.sequence(*self._bindings(), *self.statements, *body))
-        return Code(function.with_attr(SEGMENT, True), self.inputs, scalars, total if isinstance(total, int) else None)
+        planned = (total, least) if isinstance(total, int) else (None, None)
+        return Code(function.with_attr(SEGMENT, True), self.inputs, scalars, *planned)
 
     def _own(self, expression: Any) -> Any:
         """Return a size in the variables of the segment's function."""
@@ -191,8 +196,10 @@ class _Writer:
             result.append((name, arguments + [loops.index(known[size]) for size in sizes], message))
         return result
 
-    def _places(self) -> tuple[dict[Any, Any], Any]:
-        """Return where each inner tensor starts in the block of memory, and the size of the block, in bytes."""
+    def _places(self) -> tuple[dict[Any, Any], Any, int]:
+        """Return where each inner tensor starts in the block of memory, the size of the block in bytes, and the least
+        that a block can have for typical sizes.
+        """
         spans: dict[Any, tuple[int, int]] = {}
         for n, step in enumerate(self.steps):
             for tensor in step.roots:
@@ -221,11 +228,11 @@ class _Writer:
             places[self.inner[i]] = ends[i] - bytes_of[i]
         total = _highest([ends[i] for i in arena.top(order)])
         if not symbolic:
-            return places, total
+            return places, total, arena.bound(lives)
         end = tirx.Var("block_bytes", "int64")
         self.statements = [allocate, *self.statements, loops.store(memory, len(lives), total)]
         self.statements.append(tirx.Bind(end, loops.load(memory, len(lives))))
-        return places, end
+        return places, end, arena.bound(lives)
 
     def _bytes(self, tensor: Any) -> Any:
         """Return the size of a tensor in bytes, rounded up to the alignment."""

@@ -39,12 +39,13 @@ class Outlined:
     """A module whose kernels are called from segments.
 
     ``calls`` are the kernels of all calls in the order of the clock. ``blocks`` are the bytes that each segment takes
-    for tensors, None where sizes are symbolic.
+    for tensors, ``least`` the bytes that it would take at least; None where sizes are symbolic.
     """
 
     module: Any
     calls: list[str]
     blocks: list[int | None]
+    least: list[int | None]
 
 
 def outline(module: Any) -> Outlined:
@@ -56,7 +57,7 @@ def outline(module: Any) -> Outlined:
             functions[outliner.renamed[var]] = outliner.function(function, str(var.name_hint))
     functions |= outliner.segments | outliner.kernels.direct
     outlined = tvm.IRModule(functions, attrs=module.attrs)
-    return Outlined(relax.transform.Normalize()(outlined), outliner.calls, outliner.blocks)
+    return Outlined(relax.transform.Normalize()(outlined), outliner.calls, outliner.blocks, outliner.least)
 
 
 class _Outliner:
@@ -64,6 +65,7 @@ class _Outliner:
         self.kernels = Kernels(module)
         self.segments: dict[Any, Any] = {}
         self.blocks: list[int | None] = []
+        self.least: list[int | None] = []
         self.calls: list[str] = []
         self.name = ""
         self.clock: Any = None
@@ -138,6 +140,7 @@ class _Outliner:
         relax.expr._update_type(variable, code.function.ty)
         self.segments[variable] = code.function
         self.blocks.append(code.block_bytes)
+        self.least.append(code.least_bytes)
         types = [var.ty for var in outputs]
         arguments = [*code.inputs, self.clock, *code.scalars]
         call = relax.call_tir(variable, arguments, types if len(types) > 1 else types[0])

@@ -34,6 +34,8 @@ def test_tensors_alive_together_never_overlap_whatever_their_sizes(seed):
                 if lives[i].meets(lives[j]):
                     assert ends[i] <= ends[j] - sizes[j] or ends[j] <= ends[i] - sizes[i]
         assert max(ends[i] for i in arena.top(order)) == max(ends.values())
+    alive = [sum(life.size for life in lives if life.first <= n <= life.last) for n in range(26)]
+    assert arena.bound(lives) == max(alive)
 
 
 def test_a_chain_of_tensors_takes_the_memory_of_two():
@@ -41,7 +43,7 @@ def test_a_chain_of_tensors_takes_the_memory_of_two():
     ends: dict[int, int] = {}
     for i, below in arena.stack(lives):
         ends[i] = max((ends[j] for j in below), default=0) + 64
-    assert max(ends.values()) == 128
+    assert max(ends.values()) == 128 == arena.bound(lives)
 
 
 MODEL = (
