@@ -41,7 +41,8 @@ def test_the_page_takes_shares_of_the_peak():
         for i, ms in enumerate((1.0, 0.5, 2.0))
     ]
     shape = {"name": "gemm 1x2x3", "operations": 30_000_000, "error": 1e-7, "ms": 1.0, "onnxruntime_ms": 1.5}
-    page = kernels.page(100.0, {"models": rows, "gemm": [shape]})
+    page = kernels.page(100.0, {"models": rows, "gemm": [shape]}, "kernels-avx512")
+    assert "[performance](performance-avx512.md)" in page
     assert "median 50.0 G/s, 50% of the peak, 3 kernels; two threads 1.50 times as fast" in page
     assert "| `k2` | contraction | 10·20 | 30 | 2.00 | 25.0 | 25% | 1.50 | a, b |" in page
     assert "| gemm 1x2x3 | 1.00 | 1.50 | 1.50 | 30.0 | 30% |" in page
