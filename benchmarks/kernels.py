@@ -103,12 +103,12 @@ def prepare(kind: str) -> None:
 
 def page(peak: float, results: dict[str, list[dict[str, Any]]], name: str) -> str:
     """Return the page ``name`` of all tables; it refers to the page about models of the same machine."""
+    models = f"{name.replace('kernels', 'performance')}.md"
     lines = [
         "# Kernels",
         "",
         f"One thread, float32 peak of this machine {peak:.1f} GFLOP/s (measured: fused multiply-adds in registers);",
-        f"see [performance]({name.replace('kernels', 'performance')}.md) for the machine. `make kernels` measures this "
-        "page.",
+        f"see [performance]({models}) for the machine. `make kernels` measures this page.",
     ]
     if "models" in results:
         lines += ["", *_models(peak, results["models"])]

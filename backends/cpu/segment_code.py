@@ -226,13 +226,13 @@ class _Writer:
             start = _highest([ends[j] for j in below])
             ends[i] = kept(start + bytes_of[i], position)
             places[self.inner[i]] = ends[i] - bytes_of[i]
-        total = _highest([ends[i] for i in arena.top(order)])
+        total, least = _highest([ends[i] for i in arena.top(order)]), arena.bound(lives)
         if not symbolic:
-            return places, total, arena.bound(lives)
+            return places, total, least
         end = tirx.Var("block_bytes", "int64")
         self.statements = [allocate, *self.statements, loops.store(memory, len(lives), total)]
         self.statements.append(tirx.Bind(end, loops.load(memory, len(lives))))
-        return places, end, arena.bound(lives)
+        return places, end, least
 
     def _bytes(self, tensor: Any) -> Any:
         """Return the size of a tensor in bytes, rounded up to the alignment."""
