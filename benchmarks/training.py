@@ -59,15 +59,15 @@ def simulator(models: list[str]) -> list[dict]:
     found = []
     for model in models:
         choices = [f"4:1:{schedule}:ddp" for schedule in SCHEDULES]
-        results = launch(4, HERE / "training_ranks.py", model, *choices)
+        results = launch(4, HERE / "training_ranks.py", model, *choices, "--rounds", "15")
         for result in results:
             result["model"], result["error"] = model, result["simulated"] / result["measured"] - 1
             print(f"{model} {result['choice']}: measured {result['measured'] * 1e3:.0f} ms, {result['error']:+.1%}")
-        for key in ("measured", "simulated"):
+        for key, title in (("measured", "measured"), ("place", "ranked by the planner")):
             order = (result["choice"].split(":")[2] for result in sorted(results, key=lambda result: result[key]))
-            print(f"{model} {key}, fastest first: {', '.join(order)}")
+            print(f"{model} {title}, fastest first: {', '.join(order)}")
         for one, other in itertools.combinations(sorted(results, key=lambda result: result["measured"]), 2):
-            if one["simulated"] > other["simulated"]:
+            if one["place"] > other["place"]:
                 apart = other["measured"] / one["measured"] - 1
                 print(f"{model}: {one['choice']} and {other['choice']} change places, {apart:.1%} apart")
         found += results
@@ -79,7 +79,7 @@ def planner(models: list[str]) -> list[dict]:
     for model in models:
         choices = [f"{pp}:{4 // pp}:{s}:ddp" for pp, s in itertools.product((4, 2), SCHEDULES)] + ["1:4:1F1B:ddp"]
         results = launch(4, HERE / "training_ranks.py", model, *choices, "--rounds", "3")
-        chosen = min(results, key=lambda result: result["simulated"])
+        chosen = min(results, key=lambda result: result["place"])
         best = min(results, key=lambda result: result["measured"])
         for result in sorted(results, key=lambda result: result["measured"]):
             mark = " <- chosen" if result is chosen else ""

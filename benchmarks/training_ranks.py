@@ -12,6 +12,7 @@ import torch.distributed as dist
 from optc.training import Trainer, costs_of, distributed, plan
 from optc.training.gradients import measure_reduction
 from optc.training.overhead import measure_overhead, measure_split_overhead
+from optc.training.planner import rank
 
 
 def mean_square(output, target):
@@ -50,10 +51,13 @@ def main():
             trainer.step(batch, batch)
             dist.barrier()
             times.append(time.perf_counter() - start)
+    # Rank 0 has made the plans, the others have got them.
+    best_first = list(rank([made.best for _, made, *_ in runs])) if dist.get_rank() == 0 else []
     for text, made, trainer, _, times in runs:
         trainer.close()
         if dist.get_rank() == 0:
             result = {"choice": text, "measured": statistics.median(times), "simulated": made.seconds, "times": times}
+            result["place"] = next(place for place, best in enumerate(best_first) if best is made.best)
             result |= {"reduce_bandwidth": reduction, "overhead": overhead, "split_overhead": split_overhead}
             print(json.dumps(result), flush=True)
 

@@ -7,7 +7,7 @@ of one microbatch of the whole step. Memory decides first: a candidate that does
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,6 +25,8 @@ from optc.training.simulate import StageTimes, Timeline, simulate
 MICROBATCHES_PER_DEVICE = 4
 # Memory of several stages on a rank is divided between them in this many attempts.
 _ATTEMPTS = 6
+# Simulated times this close are alike, since costs are not measured more exactly.
+_ALIKE = 0.002
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,22 @@ def search(chain: Chain, cluster: Cluster, samples: int, optimizer_state: float)
             f"no way to train this model on {cluster.devices} devices:\n{reasons}",
             hint="more or larger devices, a smaller microbatch, recompute = true, or fewer fixed choices",
         )
-    found.sort(key=lambda candidate: (candidate.score, candidate.pp, candidate.recompute))
-    return Search(tuple(found), tuple(refused))
+    return Search(tuple(rank(found)), tuple(refused))
+
+
+def rank(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+    """From best to worst. Of those as fast as the best of them but for 0.2 %, first what does not split its backward
+    pass, whose actions are fewer, then what needs less memory: its backward passes follow sooner on the forward ones.
+    """
+
+    def simpler(candidate: Candidate) -> tuple[bool, float, int, float]:
+        return candidate.schedule.splits_backward, max(candidate.memory), candidate.pp, candidate.score
+
+    left = sorted(candidates, key=lambda candidate: candidate.score)
+    while left:
+        alike = [candidate for candidate in left if candidate.score <= left[0].score * (1 + _ALIKE)]
+        yield from sorted(alike, key=simpler)
+        left = left[len(alike) :]
 
 
 def _choices(cluster: Cluster, samples: int) -> Iterator[Choice]:

@@ -1,4 +1,7 @@
-"""Run as several ranks: prints what each of them takes the links for, where a reduction lasts 50 ms at least."""
+"""Run as several ranks: prints what each of them takes the links for.
+
+A reduction lasts 50 ms at least here, and who has waited for 3 ms takes 20 ms more to wake up.
+"""
 
 import json
 import time
@@ -8,7 +11,7 @@ import torch.distributed as dist
 from optc.training import distributed
 from optc.training.gradients import measure_reduction
 
-reduce = dist.all_reduce
+reduce, receive = dist.all_reduce, dist.recv
 
 
 def slow(*arguments, **options):
@@ -16,7 +19,15 @@ def slow(*arguments, **options):
     return reduce(*arguments, **options)
 
 
-dist.all_reduce = slow
+def sleepy(*arguments, **options):
+    start = time.perf_counter()
+    result = receive(*arguments, **options)
+    if time.perf_counter() > start + 0.003:
+        time.sleep(0.02)
+    return result
+
+
+dist.all_reduce, dist.recv = slow, sleepy
 distributed.initialize(60)
 print(json.dumps([*distributed.measure_link(repeats=3), measure_reduction(repeats=3)]), flush=True)
 dist.barrier()
