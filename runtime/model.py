@@ -50,7 +50,7 @@ class _Result:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """Time spent in the calls of one kernel during a profiled run."""
+    """Time spent in the calls of one kernel during a run, the median of several."""
 
     name: str
     calls: int
@@ -145,7 +145,7 @@ class Model:
         return results[0] if len(results) == 1 else results
 
     def profile(self, inputs: Mapping[str, object], *, repeat: int = 1) -> list[KernelTime]:
-        """Run ``repeat`` times after one warm-up; return the time per kernel and run, the slowest first.
+        """Run ``repeat`` times after one warm-up; return the median time per kernel of a run, the slowest first.
 
         What is not spent in kernels is called "between kernels".
         """
@@ -154,24 +154,30 @@ class Model:
             raise UsageError("this artifact cannot be profiled: its code has no clock")
         arrays, starts = self._inputs.prepare(inputs)
         clock = np.zeros((len(calls), 2), np.int64)
-        elapsed = 0
+        runs: list[NDArray[Any]] = []
+        elapsed: list[int] = []
 
         def measure(machine: Machine) -> None:
-            nonlocal elapsed
             machine.run(arrays, starts)
             machine.measure(clock)
-            start = time.perf_counter_ns()
             for _ in range(repeat):
+                clock[:] = 0
+                start = time.perf_counter_ns()
                 machine.run(arrays, starts)
-            elapsed = time.perf_counter_ns() - start
+                elapsed.append(time.perf_counter_ns() - start)
+                runs.append(clock.copy())
 
         self._executor.call_on_new_machine(measure)
-        totals: dict[str, list[int]] = {"between kernels": [elapsed - int(clock[:, 0].sum()), repeat]}
-        for name, (nanoseconds, count) in zip(calls, clock.tolist(), strict=True):
-            total = totals.setdefault(name, [0, 0])
-            total[0] += nanoseconds
-            total[1] += count
-        times = [KernelTime(name, count // repeat, ns / repeat / 1e9) for name, (ns, count) in totals.items() if count]
+        found = np.array(runs)
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(calls):
+            rows.setdefault(name, []).append(row)
+        times = [KernelTime("between kernels", 1, float(np.median(elapsed - found[:, :, 0].sum(1))) / 1e9)]
+        for name, own in rows.items():
+            nanoseconds, count = found[:, own].sum(1).T
+            # Branches that were not taken have no time.
+            if count.any():
+                times.append(KernelTime(name, int(np.median(count)), float(np.median(nanoseconds)) / 1e9))
         return sorted(times, key=lambda time: -time.seconds)
 
     def _own(self, outputs: Sequence[ffi.Ref], arrays: Sequence[NDArray[Any]], starts: Sequence[int]) -> list[Output]:
