@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
+
+import optc
 
 RUN = """
 import time
@@ -109,3 +113,35 @@ def test_weights_are_mapped_not_copied(affine, weight, tmp_path, in_process):
     total, weights = map(float, in_process(WEIGHTS, path).split())
     assert weights > 100
     assert total < 1.2 * weights + 80
+
+
+ROWS = """
+import sys
+import numpy as np, optc.runtime
+model = optc.runtime.load(sys.argv[1])
+model.run({"rows": np.arange(64) * 1024})
+mapped = 0
+with open("/proc/self/smaps") as file:
+    for line in file:
+        if "-" in line.split()[0]:
+            name = line
+        elif line.startswith("Rss:") and "table.optc" in name:
+            mapped += int(line.split()[1]) * 1024
+print(mapped / 1e6)
+"""
+
+
+def test_rows_of_a_table_are_no_more_memory_where_the_file_was_not_cached(tmp_path, in_process):
+    table = np.zeros((64 * 1024, 256), np.float32)
+    nodes = [onnx.helper.make_node("Gather", ["table", "rows"], ["y"])]
+    rows, y = (
+        onnx.helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (("rows", onnx.TensorProto.INT64, [64]), ("y", onnx.TensorProto.FLOAT, [64, 256]))
+    )
+    graph = onnx.helper.make_graph(nodes, "g", [rows], [y], [onnx.numpy_helper.from_array(table, "table")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    path = tmp_path / "table.optc"
+    optc.compile(model, verify=False).save(path)
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert float(in_process(ROWS, path)) < 10  # the table has 67 MB
