@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as oir
+import tvm_ffi
 from tvm import te, tirx
 
 from optc.backends.kernels.loops import product, unravel
@@ -193,8 +194,25 @@ def _copy(source: imperative.Cells, target: imperative.Cells, axis: int, offset:
 
     # Rows as long as can be, but enough of them.
     depth = axis if math.prod(d if isinstance(d, int) else _MANY for d in shape[:axis]) >= _MANY else axis + 1
-    with imperative.loop(product(shape[:depth]), kind="parallel") as (row,), imperative.loop(*shape[depth:]) as rest:
-        element([*unravel(row, shape[:depth]), *rest])
+    rows, run = shape[:depth], shape[depth:]
+    known = all(isinstance(d, int) for d in run)
+    bits = tvm_ffi.dtype(target.dtype).bits
+    lanes = math.gcd(run[-1], 512 // bits) if run and known and bits >= 8 and target.dtype != "bool" else 1
+    with imperative.loop(product(rows), kind="parallel") as (row,):
+        outer = unravel(row, rows)
+        # Vectors by name: of nested loops of a known length, LLVM takes the outer one for vectors, with gathers.
+        if lanes > 1:
+            with (
+                imperative.loop(*run[:-1], run[-1] // lanes) as (*middle, last),
+                imperative.loop(lanes, kind="vectorized") as (lane,),
+            ):
+                element([*outer, *middle, last * lanes + lane])
+        elif run and known:
+            with imperative.loop(product(run)) as (flat,):
+                element([*outer, *unravel(flat, run)])
+        else:
+            with imperative.loop(*run) as inner:
+                element([*outer, *inner])
 
 
 _MANY = 8

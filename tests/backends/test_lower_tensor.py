@@ -104,6 +104,16 @@ def test_concat_of_much_data(check, axis, shape):
     check(f"g ({inputs}) => (float[p, q, r] y) {{ y = Concat<axis = {axis}>(x, w) }}", (x, w))
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", "float16", "int64", "double"])
+@pytest.mark.parametrize("shape", [(3, 4, 64), (3, 4, 7), (9, 2, 24)])
+def test_concat_of_types(check, shape, dtype):
+    kind = {"bool": "?", "double": "f8"}.get(dtype, dtype)
+    x, w = (np.random.default_rng(seed).integers(0, 2 if kind == "?" else 100, shape).astype(kind) for seed in range(2))
+    inputs = ", ".join(f"{dtype}{list(shape)} {name}" for name in "xw")
+    for axis in range(3):
+        check(f"g ({inputs}) => ({dtype}[p, q, r] y) {{ y = Concat<axis = {axis}>(x, w) }}", (x, w))
+
+
 def test_concat_of_different_sizes_and_of_nothing(check):
     text = "g (float[a, b, 4] x, float[a, c, 4] w) => (float[p, q, r] y) { y = Concat<axis = 1>(x, w) }"
     check(text, (X, X[:, :1]), (X, X[:, :0]))

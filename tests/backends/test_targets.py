@@ -312,6 +312,15 @@ def test_loads_under_a_condition_are_never_masked():
     assert not re.search(r"\{%k\d\}", code)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [("1, 64, 48, 48", 1), ("1, 4096, 8", 2), ("1, 64, 40, 25", 1)])
+def test_copies_are_loads_and_stores_of_neighbours(shape, axis):
+    text = f"(float[{shape}] x, float[{shape}] w) => (float[a, b, c, d] y) {{ y = Concat<axis = {axis}>(x, w) }}"
+    text = text if shape.count(",") == 3 else text.replace(", d]", "]")
+    _, code = assembly(Case("", text, (), between()), "x86-64-v4")
+    assert re.search("vmovu", code)
+    assert not re.search("gather|scatter", code)
+
+
 def test_every_template_has_a_case():
     assert {case.template for case in CASES.values()} - {""} == set(TEMPLATES)
 
