@@ -48,12 +48,12 @@ def tuned(model):
 
 def test_every_trial_is_in_the_log(tuned):
     path, outcome = tuned
-    assert outcome.trials == 6
+    assert 0 < outcome.trials <= 6, "fewer if what was measured leaves nothing that is worth a trial"
     assert outcome.untuned and outcome.tuned
     found = log.read(path)
     assert not found.bad
     alone = [r for r in found.records if r.where != MODEL and r.state != KEPT]
-    assert 0 < len(alone) <= 6, "illegal combinations are no trials worth a record"
+    assert 0 < len(alone) <= outcome.trials, "illegal combinations are no trials worth a record"
     assert all(len(r.seconds) == len(r.baseline) for r in alone if r.state == OK)
     assert {r.workload.operator for r in alone} <= {"conv", "generic"}
 
