@@ -197,7 +197,7 @@ def _copy(source: imperative.Cells, target: imperative.Cells, axis: int, offset:
     rows, run = shape[:depth], shape[depth:]
     known = all(isinstance(d, int) for d in run)
     bits = tvm_ffi.dtype(target.dtype).bits
-    lanes = math.gcd(run[-1], 512 // bits) if run and known and bits >= 8 and target.dtype != "bool" else 1
+    lanes = math.gcd(run[-1], _VECTOR_BITS // bits) if run and known and bits >= 8 and target.dtype != "bool" else 1
     with imperative.loop(product(rows), kind="parallel") as (row,):
         outer = unravel(row, rows)
         # Vectors by name: of nested loops of a known length, LLVM takes the outer one for vectors, with gathers.
@@ -216,6 +216,8 @@ def _copy(source: imperative.Cells, target: imperative.Cells, axis: int, offset:
 
 
 _MANY = 8
+_VECTOR_BITS = 512
+"""Of the vectors that are copied; where a target has narrower ones, LLVM divides them."""
 """Rows that are enough to share them out."""
 
 
