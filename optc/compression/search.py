@@ -2,17 +2,27 @@
 
 Each layer is tried alone first (its sensitivity). Then layers are taken in the order of loss for what they save, as
 many as the budget allows, found by bisection; then each one left over is tried once more, those that save most first:
-losses of layers do not add up exactly.
+losses of layers do not add up exactly. Last, the best mixtures are evaluated that there would be if losses added up, or
+their squares, as those of noise do: the order above leaves room that other layers may fill better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
 
 from optc.compression.journal import Journal
 
 Progress = Callable[[str], None]
+
+
+_PACKED = 4
+"""Mixtures that are tried for each idea of how losses add up."""
+_PARTS = 10_000
+"""Parts of the room in a knapsack; sizes are rounded up to them."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +124,31 @@ class Search:
             forms = (layer, *layer.weaker) if layer.name not in chosen else ()
             fitting = (chosen | {form.name} for form in forms if self.loss(chosen | {form.name}) <= limit)
             chosen = next(fitting, chosen)
+        for power in (1, 2):
+            self._pack(paying, alone, limit, power)
+        return Outcome(self._best(limit), tuple(self._points.values()), alone)
+
+    def _best(self, limit: float) -> Point | None:
         inside = [p for p in self._points.values() if p.layers and p.loss <= limit]
-        best = min(inside, key=lambda p: (p.cost, p.loss), default=None)
-        return Outcome(best, tuple(self._points.values()), alone)
+        return min(inside, key=lambda p: (p.cost, p.loss), default=None)
+
+    def _pack(self, paying: Sequence[Layer], alone: Mapping[str, float], limit: float, power: int) -> None:
+        """Evaluate the best mixture if losses to the ``power`` add up; with less room while it does not fit."""
+        room = limit
+        for _ in range(_PACKED):
+            layers = knapsack(paying, {name: max(loss, 0.0) ** power for name, loss in alone.items()}, room**power)
+            best = self._best(limit)
+            saved = sum(layer.saved for layer in paying if layer.name in layers)
+            if not layers or (best is not None and saved <= self._saved(best.layers)):
+                return
+            loss = self.loss(layers)
+            if loss <= limit:
+                return
+            room *= limit / loss
+
+    def _saved(self, layers: frozenset[str]) -> float:
+        forms = (layer.form(layers) for layer in self.layers)
+        return sum(form.saved for form in forms if form is not None)
 
     def _prefix(self, order: Sequence[str], limit: float) -> frozenset[str]:
         """Return as many of the first layers as fit, by bisection, the whole first."""
@@ -130,3 +162,22 @@ class Search:
             else:
                 over = middle
         return frozenset(order[:fits])
+
+
+def knapsack(layers: Sequence[Layer], sizes: Mapping[str, float], room: float) -> frozenset[str]:
+    """Return the layers that save most of all sets whose ``sizes`` add up to at most ``room``."""
+    if room <= 0.0:
+        return frozenset(layer.name for layer in layers if sizes[layer.name] <= 0.0)
+    saved, taken = np.zeros(_PARTS + 1), np.zeros((len(layers), _PARTS + 1), bool)
+    # What has no size, like the loss of outputs that are no numbers, does not fit: so the order of min's arguments.
+    parts = [ceil(min(_PARTS + 1.0, sizes[layer.name] / room * _PARTS)) for layer in layers]
+    for i, (layer, size) in enumerate(zip(layers, parts, strict=True)):
+        without = saved.copy()
+        saved[size:] = np.maximum(without[size:], without[: _PARTS + 1 - size] + layer.saved)
+        taken[i] = saved > without
+    chosen, left = set(), _PARTS
+    for i in reversed(range(len(layers))):
+        if taken[i, left]:
+            chosen.add(layers[i].name)
+            left -= parts[i]
+    return frozenset(chosen)

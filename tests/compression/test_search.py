@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -70,6 +71,35 @@ def test_never_worse_than_thirty_random_mixtures(data):
         assert outcome.best.cost <= min(costs) + 1e-9
     if outcome.best is not None:
         assert evaluate(outcome.best.layers) <= limit
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_of_all_mixtures_where_powers_of_losses_add_up(power, seed):
+    rng = np.random.default_rng(seed)
+    before, shares, alone = rng.uniform(1, 10, 9), rng.uniform(0.2, 1.1, 9), rng.exponential(0.1, 9)
+    layers = [Layer(str(i), float(before[i]), float(before[i] * shares[i])) for i in range(9)]
+
+    def loss(chosen):
+        return float(sum(alone[int(name)] ** power for name in chosen)) ** (1 / power)
+
+    outcome = Search(layers, loss).run(0.2)
+    names = [layer.name for layer in layers]
+    every = [frozenset(c) for n in range(1, 10) for c in itertools.combinations(names, n)]
+    least = min((cost for c in every if loss(c) <= 0.2 for cost in [Search(layers, loss).cost(c)]), default=None)
+    assert (outcome.best and outcome.best.cost) == pytest.approx(least, rel=1e-3)
+    assert len(outcome.points) <= 3 * len(layers)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_layer_whose_outputs_are_no_numbers_is_left(bad):
+    search = Search([A, B], lambda layers: bad if "a" in layers else 0.1)
+    assert search.run(0.2).best.layers == {"b"}
+
+
+def test_no_loss_allowed():
+    search = Search([A, B], additive({"a": 0.0, "b": 0.1}))
+    assert search.run(0.0).best.layers == {"a"}
 
 
 def test_the_front_is_what_nothing_beats():
