@@ -46,7 +46,8 @@ _FEW_ROUNDS, _MOST_ROUNDS = 3, 40
 _ACTIVATIONS = 4 << 20
 """Bytes of activations to cycle through: more than the caches of a core."""
 _PROFILES = 5
-_RUNS = 3
+_RUNS, _PROFILE_SECONDS = 3, 0.1
+"""What a profile is the median of: at least this many runs, and as many as there is time for."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class _Built:
     workloads: dict[str, str]
     weights: int
     served: Lookup | None = None
+    runs: int = 0
+    """To a profile; 0 while nothing was run."""
 
 
 Progress = Callable[[str, Status | None], None]
@@ -219,7 +222,12 @@ def _build(model: oir.Model, target: Target, without: Collection[str], threads: 
 def _times(built: _Built, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Return the seconds of one run by task; under "" those of all kernels."""
     totals: dict[str, float] = {"": 0.0}
-    for kernel in built.model.profile(inputs, repeat=_RUNS):
+    if not built.runs:
+        built.model.run(inputs)
+        start = time.monotonic()
+        built.model.run(inputs)
+        built.runs = max(_RUNS, round(_PROFILE_SECONDS / (time.monotonic() - start)))
+    for kernel in built.model.profile(inputs, repeat=built.runs):
         key = built.workloads.get(kernel.name)
         totals[""] += kernel.seconds
         if key is not None:

@@ -22,6 +22,8 @@ from optc.runtime.format import Manifest, TensorSpec
 from optc.runtime.inputs import Inputs
 
 _MAX_THREADS = 1024
+_SPREAD_SECONDS = 0.15
+"""After this time the system has moved threads that share a core apart; seen are up to 0.1 s."""
 
 Output = tuple[ffi.Ref, int, tuple[int, ...], int]
 """A tensor, where its data starts, its shape and its size in bytes."""
@@ -145,7 +147,7 @@ class Model:
         return results[0] if len(results) == 1 else results
 
     def profile(self, inputs: Mapping[str, object], *, repeat: int = 1) -> list[KernelTime]:
-        """Run ``repeat`` times after one warm-up; return the median time per kernel of a run, the slowest first.
+        """Run ``repeat`` times after warming up; return the median time per kernel of a run, the slowest first.
 
         What is not spent in kernels is called "between kernels".
         """
@@ -158,7 +160,11 @@ class Model:
         elapsed: list[int] = []
 
         def measure(machine: Machine) -> None:
+            # Threads that have just begun may share a core until the system notices.
+            warm = time.perf_counter() + (_SPREAD_SECONDS if self.threads > 1 else 0.0)
             machine.run(arrays, starts)
+            while time.perf_counter() < warm:
+                machine.run(arrays, starts)
             machine.measure(clock)
             for _ in range(repeat):
                 clock[:] = 0

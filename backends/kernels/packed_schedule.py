@@ -22,21 +22,23 @@ import tvm_ffi
 from tvm import tirx
 
 from optc.backends.base import Target
-from optc.backends.kernels import loops, register_tile
+from optc.backends.kernels import loops, register_tile, sharing
 from optc.backends.kernels.decisions import counts, decide
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, static, store
 
 _TASKS = 8
-"""Tasks to make where there is work for them: they divide evenly among 2, 4 or 8 threads."""
-_TASK_WORK = 200_000
-"""Multiply-adds below which a task is not worth its own thread."""
+"""Tasks to make where only a run knows the rows: they divide evenly among 2, 4 or 8 threads."""
 _LINE = 64
 """Bytes of a cache line."""
 _CHUNK_TILES = 8
 """Row tiles of a chunk that pay for reading the panels once more."""
 _CHUNK_ROWS = 64
 """Rows that a chunk has room for at least: k is cut into blocks so that they fit."""
+
+
+def _cost(product: sharing.Product, chunk: int) -> float:
+    return product.cost(chunk, sharing.best_groups(product, chunk, 1))
 
 
 def far(size: int, target: Target) -> bool:
@@ -68,6 +70,9 @@ class Block:
 
 class PackedGenerator:
     """Writes the loop nest of one contraction with packed columns for one target."""
+
+    unpack_cost = 0.0
+    """What ``_unpack`` takes for a panel, in the time of a tile of the product."""
 
     def __init__(self, fused: Fused, target: Target) -> None:
         self.reader = Reader(fused)
@@ -156,17 +161,22 @@ class PackedGenerator:
         """Return how many row tiles make a chunk, at most where only a run knows how many there are."""
         row_bytes = max(1, self._row_elements() * bits(self.dtype) // 8)
         fit = max(4, self.chunk_bytes // (row_bytes * self.mr))
-        tiles, batch = static(self.row_tiles), static(self.b)
-        if tiles is None or batch is None:
+        product = self._product()
+        if product is None:
             return fit
-        chunks = max(1, -(-tiles // fit))
-        wanted = min(_TASKS, max(1, batch * self.r * self.n * self.k // _TASK_WORK))
-        # Panels are read once more for each chunk, which matters less than threads without work.
-        least = _CHUNK_TILES if batch * chunks * self.column_tiles >= wanted else 2
-        while batch * chunks % wanted and chunks < tiles and -(-tiles // (chunks + 1)) >= least:
-            chunks += 1
-        options = [-(-tiles // n) for n in counts(min(128, tiles))]
-        return decide("chunk", max(1, -(-tiles // chunks)), options)
+        tiles = product.row_tiles
+        best = sharing.best_chunk(product, min(fit, tiles))
+        return decide("chunk", best, sharing.chunks_of(tiles), lambda chunk: _cost(product, chunk))
+
+    def _product(self) -> sharing.Product | None:
+        """Return the product in tiles; None where only a run knows its size, or there is nothing to do."""
+        tiles, batch = static(self.row_tiles), static(self.b)
+        if not tiles or not batch:
+            return None
+        vectors = -(-self.nr // self.lanes)
+        last = -(-(self.n - (self.column_tiles - 1) * self.nr) // self.lanes)
+        work = batch * self.r * self.n * self.k
+        return sharing.Product(batch, tiles, self.column_tiles, last / vectors, work, self.unpack_cost)
 
     def _row_elements(self) -> int:
         """Return about how many elements of the row operand one row adds to those of the row before."""
@@ -179,17 +189,20 @@ class PackedGenerator:
 
     def _groups(self) -> int:
         """Return into how many groups the column tiles are divided, so that there are tasks for all threads."""
-        tiles, batch = static(self.row_tiles), static(self.b)
-        if tiles is None or batch is None:
-            groups = 2
-        else:
-            chunks = max(1, batch * -(-tiles // self._chunk_tiles()))
-            wanted = min(_TASKS, max(1, batch * self.r * self.n * self.k // _TASK_WORK))
-            groups = -(-wanted // chunks) if chunks < wanted else 1
+        chunk, least = self._chunk_tiles(), 1
         if self.blocks > 1:
-            panel = self._chunk_tiles() * self.mr * self.nr * bits(self.dtype) // 8
-            groups = max(groups, -(-self.column_tiles * panel // self.sums_bytes))
-        groups = decide("groups", min(self.column_tiles, groups), counts(min(16, self.column_tiles)))
+            panel = chunk * self.mr * self.nr * bits(self.dtype) // 8
+            least = min(self.column_tiles, -(-self.column_tiles * panel // self.sums_bytes))
+        product = self._product()
+        if product is None:
+            groups = decide("groups", min(self.column_tiles, max(2, least)), sharing.groups_of(self.column_tiles))
+        else:
+            groups = decide(
+                "groups",
+                sharing.best_groups(product, chunk, least),
+                sharing.groups_of(self.column_tiles),
+                lambda groups: product.cost(chunk, groups),
+            )
         return -(-self.column_tiles // -(-self.column_tiles // groups))
 
     def _blocks(self, places: dict[Any, Any], first: Any, here: Any, group: Any, groups: int) -> Any:

@@ -33,11 +33,11 @@ VERSIONS = {
     **dict.fromkeys(generic.RULES, 3),
     generic.TURNED: 4,
     attention.TEMPLATE: 1,
-    contraction.TEMPLATE: 4,
+    contraction.TEMPLATE: 5,
     integer_contraction.TEMPLATE: 5,
     integer_depthwise.TEMPLATE: 2,
-    weight_only.TEMPLATE: 1,
-    window.TEMPLATE: 3,
+    weight_only.TEMPLATE: 2,
+    window.TEMPLATE: 4,
     winograd.TEMPLATE: 3,
 }
 """Counts changes of each template and rule after which older tuning records no longer hold: decisions mean something

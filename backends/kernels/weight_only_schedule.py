@@ -41,6 +41,8 @@ def schedule(function: Any, target: Target) -> Any:
 class PanelsGenerator(PackedGenerator):
     """Packed columns that are dequantized block by block."""
 
+    unpack_cost = 1.0
+
     def __init__(self, fused: Fused, target: Target) -> None:
         super().__init__(fused, target)
         self.matrix = Matrix(self.fused, self.reader)

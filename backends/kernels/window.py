@@ -1,11 +1,12 @@
 """The schedule of depthwise convolution and pooling on channels-last images: ``convolution.window``.
 
-    for (block of channels, row of output pixels):                  parallel
-        for tile of P pixels whose windows are inside of the image:
-            for vector of channels:
-                acc[P] = reduction over the rows of the window, its columns unrolled          registers
-                out = epilogue(acc)
-        the same for the border columns, over the part of the window that is inside
+    for (chunk of rows of output pixels, group of blocks of channels):                         parallel
+        for block of the group, for row of the chunk:
+            for tile of P pixels whose windows are inside of the image:
+                for vector of channels:
+                    acc[P] = reduction over the rows of the window, its columns unrolled          registers
+                    out = epilogue(acc)
+            the same for the border columns, over the part of the window that is inside
 
 Rows of the window outside of the image are skipped, so nothing is padded. The last tile of a row, and the last
 vector of the channels, are moved back so that they end with the row: what they compute again is the same.
@@ -13,6 +14,7 @@ vector of the channels, are moved back so that they end with the row: what they 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -20,7 +22,7 @@ import tvm
 from tvm import tirx
 
 from optc.backends.base import Target
-from optc.backends.kernels import loops
+from optc.backends.kernels import loops, sharing
 from optc.backends.kernels.decisions import counts, decide
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, static, store
@@ -34,6 +36,14 @@ _EDGE_PIXELS = 21
 """Pixels at both ends of a row up to which each gets code of its own."""
 _LINE_BITS = 512
 """Of a line of the cache, which neighbouring pixels do not share if blocks of channels begin and end with it."""
+_CHUNKS = 16
+"""Chunks of rows where only a run knows how many rows there are."""
+_AGAIN = 0.1
+"""What reading a line of the image once more takes, where a row of outputs is 1: it is in the second-level cache."""
+_HARDER = 4
+"""How many times as long a multiply-add takes as one of a product of matrices."""
+_APART = 1.1
+"""What it costs if threads share channels: much of what each reads lies in the cache of another."""
 _OPEN_SUMS = 6
 """Sums that are added to in turn: an addition waits four cycles or so for the one before."""
 
@@ -117,19 +127,54 @@ class _Generator:
             ranges, more = self._ranges(named, before, sizes)
             return sequence(*bindings, *more, self._row(named, ranges, before[-1], sizes[-1]))
 
-        blocks = loops.ceildiv(self.channels, self.block) if static(self.channels) is not None else 1
-        if blocks == 1 or static(outer.total) == 0:
+        blocks = static(loops.ceildiv(self.channels, self.block)) if static(self.channels) is not None else 1
+        if blocks in (None, 1) or static(outer.total) == 0:
             return self.reader.finish(loop("row", outer.total, row, "parallel"))
-        rows = self.reader.size(outer.total)
+        return self.reader.finish(self._shared(outer, blocks, row))
+
+    def _shared(self, outer: Axes, blocks: int, row: Callable[[Any], Any]) -> Any:
+        """Return the rows in chunks, each for a group of blocks, one block after the other."""
+        size = self.reader.size
+        rows = size(outer.total)
+        height, groups = self._tasks(static(rows), blocks)
+        height = size(tirx.max(loops.index(1), (rows + _CHUNKS - 1) // _CHUNKS)) if height is None else height
+        per_group = -(-blocks // groups)
 
         def task(position: Any) -> Any:
-            def block(base: Any) -> Any:
-                self.base = base
-                return row(position % rows)
+            begin = position // groups * height
+            first = position % groups * per_group
+            count = loops.smaller(per_group, blocks - first) if groups > 1 else blocks
+            here = loops.smaller(height, rows - begin)
 
-            return bind("base", loops.smaller(position // rows * self.block, self.channels - self.block), block)
+            def block(b: Any) -> Any:
+                def there(base: Any) -> Any:
+                    self.base = base
+                    return loop("row", here, lambda r: row(begin + r))
 
-        return self.reader.finish(loop("task", rows * blocks, task, "parallel"))
+                return bind("base", loops.smaller((first + b) * self.block, self.channels - self.block), there)
+
+            return loop("block", count, block)
+
+        return loop("task", loops.ceildiv(rows, height) * groups, task, "parallel")
+
+    def _tasks(self, rows: int | None, blocks: int) -> tuple[int | None, int]:
+        """Return how many rows make a chunk, None where only a run knows the rows, and the groups of blocks.
+
+        Threads share rows rather than channels: rows are where the kernel before has left them.
+        """
+        if rows is None:
+            return None, 1
+        again = _AGAIN * max(0, self.window[-2] - self.strides[-2]) / self.strides[-2] if len(self.window) > 1 else 0.0
+        work = rows * int(self.fused.spatial.extents[-1]) * (static(self.fused.spatial.extents[-2]) or _COLUMNS)
+        product = sharing.Product(1, rows, blocks, 1.0, work * prod(self.window) * _HARDER, again)
+
+        def cost(chunk: int, groups: int) -> float:
+            return product.cost(chunk, groups) * (_APART if groups > 1 else 1.0)
+
+        heights, numbers = sharing.chunks_of(rows), sharing.groups_of(blocks)
+        best, groups = min(((h, g) for h in heights for g in numbers), key=lambda t: (cost(*t), -t[0], t[1]))
+        chunk = decide("chunk", best, heights, lambda height: min(cost(height, g) for g in numbers))
+        return chunk, groups
 
     def _border(self) -> tuple[list[Any], list[Any]]:
         """Return the padding before and the size of each axis of the image."""

@@ -55,3 +55,16 @@ def test_no_rows(compile_model, make_model):
     x = np.zeros((0, 600, 8, 30), F)
     node = helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3, 3])
     assert compile_model(make_model([node], {"x": (F, x.shape)}, {"y": F}))(x)[0].shape == (0, 600, 6, 28)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("height", [1, 4, 19, 40])
+def test_blocks_of_channels_where_only_the_run_knows_the_rows(compile_model, make_model, batch, height):
+    rng = np.random.default_rng(0)
+    channels = 600
+    x, w = rng.standard_normal((batch, channels, height, 30), F), rng.standard_normal((channels, 1, 3, 3), F)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], strides=[2, 2], pads=[1] * 4, group=channels)
+    model = make_model([node], {"x": (F, ["n", channels, "h", 30])}, {"y": F}, {"w": w}, opset=21)
+    actual = compile_model(model)(x)[0]
+    expected = reference(model, x) if batch else np.zeros((0, channels, (height + 1) // 2, 15), F)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
