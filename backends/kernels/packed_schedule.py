@@ -96,9 +96,8 @@ class PackedGenerator:
         blocks = min(self.outer, -(-self.k // depth)) if self.k else 1
         self.step = -(-self.outer // max(1, decide("blocks", blocks, counts(min(8, self.outer)))))
         self.blocks = -(-self.outer // self.step)
-        self.lanes = target.lanes(bits(self.dtype))
         self.nr = int(loops.loads(self.column_operand)[0].source.shape[-1])
-        self.lanes = min(self.lanes, self.nr)
+        self.lanes = register_tile.panel_lanes(self.nr, bits(self.dtype), target)
         vectors = -(-self.nr // self.lanes)
         self.mr = register_tile.decide_rows(static(self.r), self.k, min(vectors, -(-self.n // self.lanes)), target)
         self.row_tiles = size(loops.ceildiv(self.r, self.mr))

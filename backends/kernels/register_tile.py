@@ -18,8 +18,32 @@ IN_FLIGHT = _PORTS * _LATENCY
 _MOST_ROWS = 12
 _OVERHEAD = 24.0
 """Cycles around the reduction of a tile: clear, address, store."""
+_WORTH_HALVES = 1.1
+"""How much padding halves of vectors have to save: there are twice as many of them."""
 _DEPTH = 64
 """The depth assumed where only a run knows."""
+
+
+def column_lanes(columns: int, element_bits: int, target: Target) -> int:
+    """Return how many columns make a vector: all that a register holds, or half of them.
+
+    Where a whole vector takes both halves of a unit (``Target.multipliers``), halves are as fast; few columns may fill
+    them better.
+    """
+    whole = target.lanes(element_bits)
+    if target.multipliers > 1 or whole == 1:
+        return whole
+    half = whole // 2
+    padded = {lanes: -(-columns // lanes) * lanes for lanes in (half, whole)}
+    return half if padded[half] * _WORTH_HALVES <= padded[whole] else whole
+
+
+def panel_lanes(panel: int, element_bits: int, target: Target) -> int:
+    """Return the elements of the vectors that a panel of packed columns consists of."""
+    lanes = min(target.lanes(element_bits), panel)
+    while panel % lanes:
+        lanes //= 2
+    return lanes
 
 
 def most_rows(vectors: int, target: Target) -> int:

@@ -74,7 +74,8 @@ def choose(height: Any, width: Any, depth: int, maps: int, target: Target) -> in
     moved_in_a_cycle = target.vector_bits / 16
     if depth < lanes or maps < lanes:
         return None
-    panels = -(-maps // lanes) * lanes
+    together = register_tile.column_lanes(maps, 32, target)
+    panels = -(-maps // together) * together
     rows, columns = static(height) or _LARGE, static(width) or _LARGE
 
     def cycles(m: int) -> float:

@@ -80,7 +80,8 @@ class _Generator:
         self.tiles = size(loops.product([fused.spatial.extents[0], self.down, self.across]))
         self.lanes = target.lanes(32)
         _, self.panels, _, self.panel = (int(d) for d in self.filters.shape)
-        self.vectors = self.panel // self.lanes
+        self.panel_lanes = register_tile.panel_lanes(self.panel, 32, target)
+        self.vectors = self.panel // self.panel_lanes
         tile_bytes = self.a**2 * (self.depth + self.panels * self.panel) * 4
         known = static(self.tiles)
         fits = tile_bytes * _CHUNK_TILES <= target.caches.l2 * 3 // 4
@@ -228,7 +229,7 @@ class _Generator:
         step = -(-self.panel // (-(-(self.chunk or _CHUNK_TILES) // self.mr) if known is None else known))
 
         def block(r: Any, start: Any) -> Any:
-            lanes, mr, width = self.lanes, self.mr, self.vectors
+            lanes, mr, width = self.panel_lanes, self.mr, self.vectors
             acc, allocate = loops.tile("acc", mr, self.panel, "float32")
             zero = tirx.const(0, "float32")
             spots = [(i, k * lanes) for i in range(mr) for k in range(width)]

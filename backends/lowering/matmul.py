@@ -146,9 +146,10 @@ def _factors(site: Site, a: Any, rows: Any, *, trans_a: bool, trans_b: bool) -> 
 
 def panel_width(site: Site, rows: int | None, depth: int, columns: int, dtype: str, *, padded: bool = False) -> int:
     """Return how many columns of a constant operand make a panel; ``padded`` is that of ``tile_vectors``."""
-    lanes = site.target.lanes(bits(contraction.accumulator(dtype)))
+    element_bits = bits(contraction.accumulator(dtype))
     if rows is not None and rows <= few_rows.ROWS:
-        return few_rows.VECTORS * lanes
+        return few_rows.VECTORS * site.target.lanes(element_bits)
+    lanes = register_tile.column_lanes(columns, element_bits, site.target)
     return lanes * register_tile.tile_vectors(rows, depth, columns, lanes, site.target, padded=padded)
 
 
