@@ -38,7 +38,7 @@ VERSIONS = {
     integer_depthwise.TEMPLATE: 2,
     weight_only.TEMPLATE: 2,
     window.TEMPLATE: 4,
-    winograd.TEMPLATE: 3,
+    winograd.TEMPLATE: 4,
 }
 """Counts changes of each template and rule after which older tuning records no longer hold: decisions mean something
 else, or the untuned kernel, which they are relative to, has become another one."""

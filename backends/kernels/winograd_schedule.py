@@ -94,6 +94,8 @@ class _Generator:
         self.chunk = -(-self.chunk // self.mr) * self.mr
         is_far = far(self.a**2 * self.panels * self.depth * self.panel * 4, target)
         self.far = bool(decide("prefetch", int(is_far), (0, 1)))
+        image = static(loops.product(list(self.image.shape)))
+        self.image_far = image is None or image * 4 > target.caches.l2
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
@@ -219,7 +221,25 @@ class _Generator:
             return store(v, place, _combine(INPUT[self.m][j], values))
 
         results = [self.reader.lanewise(lanes, partial(put, i, j)) for i in range(a) for j in range(a)]
-        return sequence(*(allocate for _, allocate in buffers), *(column(j) for j in range(a)), *results)
+        ahead = None if checked else self._next_tile(n, top, left + a, c)
+        return sequence(ahead, *(allocate for _, allocate in buffers), *(column(j) for j in range(a)), *results)
+
+    def _next_tile(self, n: Any, top: Any, left: Any, c: Any) -> Any:
+        """Fetch what the next tile to the right reads beyond this one, if the image is not in the second-level cache.
+
+        Lines of several rows, each a page or more from the other, are more than the processor follows by itself.
+        """
+        if not self.image_far:
+            return None
+        view = self.reader.flatten(tirx.BufferLoad(self.image, [loops.index(0)] * 4), []).source
+        row = loops.index(self.columns) * self.depth
+        start = (n * self.rows + top) * row + left * self.depth + c
+        pixels = [(i, j) for i in range(self.a) for j in range(self.m)]
+        return bind(
+            "next",
+            start,
+            lambda at: sequence(*(prefetch(view, at + i * row + j * self.depth, self.lanes) for i, j in pixels)),
+        )
 
     def _products(self, v: Any, m: Any, slots: Any, e: Any, p: Any, blocks: Any) -> Any:
         """Multiply all rows of ``v[e]`` with panel ``p`` of ``u[e]``."""

@@ -14,6 +14,7 @@ import pytest
 
 import optc
 from optc.backends.cpu import arena
+from optc.runtime.executor import Machine
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 
@@ -125,6 +126,25 @@ def test_a_run_that_is_held_up_does_not_count(model, monkeypatch):
     times = {found.name: found.seconds for found in model.profile(inputs(3, 40), repeat=5)}
     assert next(calls) == 10
     assert times["between kernels"] < 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_profile_waits_until_threads_are_on_cores_of_their_own(model, monkeypatch, threads):
+    """While they share one, a second thread looks as if it did not help."""
+    run, began = Machine.run, []
+
+    def noted(machine, *arguments):
+        began.append(time.perf_counter())
+        return run(machine, *arguments)
+
+    monkeypatch.setattr(model, "threads", threads, raising=False)
+    monkeypatch.setattr(Machine, "run", noted)
+    monkeypatch.setattr("optc.runtime.model._SPREAD_SECONDS", 0.05)
+    model.profile(inputs(3, 40), repeat=5)
+    if threads == 1:
+        assert len(began) == 1 + 5
+    else:
+        assert began[-5] - began[0] >= 0.05
 
 
 def test_kernels_named_like_functions_of_the_c_library_do_not_stand_in_for_them():

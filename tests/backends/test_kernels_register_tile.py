@@ -69,3 +69,32 @@ def test_tiles_of_rows_that_nothing_divides_are_not_low():
 
 def test_halves_of_a_unit_are_one_multiplier():
     assert [resolve(name).multipliers for name in ("znver4", "znver5", "icelake-server", "haswell")] == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "lanes"),
+    [
+        ("znver4", 24, 8),
+        ("znver4", 18, 8),
+        ("znver4", 8, 8),
+        ("znver4", 12, 16),
+        ("znver4", 64, 16),
+        ("znver4", 200, 16),
+        ("skylake-avx512", 24, 16),
+        ("haswell", 12, 8),
+    ],
+)
+def test_halves_of_vectors_where_they_are_as_fast_and_filled_better(name, columns, lanes):
+    target = resolve(name)
+    assert register_tile.column_lanes(columns, 32, target) == lanes
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(deadline=None, max_examples=60)
+@given(rows=st.none() | sizes, depth=st.integers(1, 5000), columns=sizes)
+def test_a_panel_consists_of_whole_vectors(name, rows, depth, columns):
+    target = resolve(name)
+    lanes = register_tile.column_lanes(columns, 32, target)
+    panel = lanes * register_tile.tile_vectors(rows, depth, columns, lanes, target)
+    assert panel % register_tile.panel_lanes(panel, 32, target) == 0
+    assert register_tile.panel_lanes(panel, 32, target) >= lanes

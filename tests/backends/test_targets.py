@@ -321,6 +321,24 @@ def test_copies_are_loads_and_stores_of_neighbours(shape, axis):
     assert not re.search("gather|scatter", code)
 
 
+@pytest.mark.parametrize(("target", "register"), [("znver4", "ymm"), ("skylake-avx512", "zmm")])
+@pytest.mark.parametrize("model", ["product", "winograd"])
+def test_few_columns_are_halves_of_vectors_where_these_are_as_fast(target, register, model):
+    weights = {"product": "float[64, 24]", "winograd": "float[24, 64, 3, 3]"}[model]
+    values = ", ".join(["0.5"] * int(np.prod([int(n) for n in re.findall(r"\d+", weights)])))
+    body, sizes = {
+        "product": ("MatMul(x, k)", "(float[640, 64] x) => (float[640, 24] y)"),
+        "winograd": ("Conv<pads = [1, 1, 1, 1]>(x, k)", "(float[1, 64, 40, 40] x) => (float[1, 24, 40, 40] y)"),
+    }[model]
+    text = f"{sizes} <{weights} k = {{{values}}}> {{ y = {body} }}"
+    templates, code = assembly(Case("", text, (), between()), target)
+    assert {"product": "contraction", "winograd": "winograd"}[model] in templates
+    loops = [[x for x in innermost(block) if "vfmadd" in x] for block in blocks(code) if not stores(innermost(block))]
+    sums = max(loops, key=len)
+    assert len(sums) >= 12
+    assert all(f"%{register}" in x for x in sums)
+
+
 def test_every_template_has_a_case():
     assert {case.template for case in CASES.values()} - {""} == set(TEMPLATES)
 
