@@ -20,7 +20,7 @@ import tvm_ffi
 from tvm import tirx
 
 from optc.backends.base import Target
-from optc.backends.kernels import loops, register_tile
+from optc.backends.kernels import loops, register_tile, sharing
 from optc.backends.kernels.contraction import TEMPLATE
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits, take_apart
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, store
@@ -125,11 +125,15 @@ class Generator:
         fit = 4 if depth is None else self.panel_bytes // max(1, depth * self.nr * bits(self.dtype) // 8)
         if tiles is None:
             return max(1, min(fit, 8))
-        if loops.static(self.b) == 1:
-            # Two tasks at least, for two threads.
-            fit = min(fit, -(-tiles // 2))
         fit = max(1, min(fit, tiles))
-        return max(1, -(-tiles // max(1, -(-tiles // fit))))
+        batch, rows, row_tiles = (loops.static(v) for v in (self.b, self.r, self.row_tiles))
+        if not batch or not rows or not row_tiles or not tiles:
+            groups = max(-(-tiles // fit), 1 if batch and batch > 1 else 2)
+        else:
+            work = batch * rows * tiles * self.nr * (depth or register_tile.DEPTH)
+            product = sharing.Product(batch, row_tiles, tiles, 1.0, work)
+            groups = sharing.best_groups(product, row_tiles, -(-tiles // fit))
+        return max(1, -(-tiles // groups))
 
     def _pack(self, places: dict[Any, Any], panel: Any, first: Any, t: Any) -> Any:
         """Copy one column tile into its panel, vector by vector where neighbours in memory allow it."""

@@ -20,7 +20,7 @@ _OVERHEAD = 24.0
 """Cycles around the reduction of a tile: clear, address, store."""
 _WORTH_HALVES = 1.1
 """How much padding halves of vectors have to save: there are twice as many of them."""
-_DEPTH = 64
+DEPTH = 64
 """The depth assumed where only a run knows."""
 
 
@@ -90,7 +90,7 @@ def decide_rows(rows: int | None, depth: int | None, vectors: int, target: Targe
 
 
 def _all_cycles(height: int, rows: int, depth: int | None, vectors: int, target: Target) -> float:
-    return -(-rows // height) * ((depth or _DEPTH) * cycles(height, vectors, target) + _OVERHEAD)
+    return -(-rows // height) * ((depth or DEPTH) * cycles(height, vectors, target) + _OVERHEAD)
 
 
 def tile_vectors(

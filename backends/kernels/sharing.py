@@ -86,5 +86,5 @@ def best_chunk(product: Product, most: int) -> int:
 @lru_cache(maxsize=4096)
 def best_groups(product: Product, chunk: int, least: int) -> int:
     """Return the number of groups, at least ``least``, that costs least with chunks of this height."""
-    numbers: Sequence[int] = [n for n in groups_of(product.column_tiles) if n >= least] or [product.column_tiles]
+    numbers: Sequence[int] = [n for n in groups_of(product.column_tiles) if n >= least] or [least]
     return min(numbers, key=lambda groups: (product.cost(chunk, groups), groups))
