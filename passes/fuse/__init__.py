@@ -12,6 +12,7 @@ from optc.passes.fuse.fold_padding import fold_padding_pass
 from optc.passes.fuse.fourier import fourier_pass
 from optc.passes.fuse.gelu import gelu_pass
 from optc.passes.fuse.normalization import normalization_pass
+from optc.passes.fuse.pointwise import pointwise_pass
 from optc.passes.fuse.portable import portable_pass
 from optc.passes.fuse.softmax import softmax_pass
 
@@ -20,7 +21,7 @@ __all__ = ["passes", "portable"]
 
 def passes() -> list[Pass]:
     """Return the fuse passes in order: transforms become products first, which others fold into; then recognition,
-    while the patterns are whole, then folding.
+    while the patterns are whole, then folding. Last what moves convolutions, with all that folds into their weights.
     """
     return [
         fourier_pass(),
@@ -33,6 +34,7 @@ def passes() -> list[Pass]:
         fold_padding_pass(),
         fold_batch_norm_pass(),
         bias_pass(),
+        pointwise_pass(),
     ]
 
 

@@ -87,13 +87,19 @@ def zero_pad(node: oir.Node, ops: Ops) -> Outcome:
 
 @rule("resize(x, scales = 1) => x", "Resize")
 def unit_resize(node: oir.Node, ops: Ops) -> Outcome:
-    """Drop a Resize whose scales are all 1."""
+    """Drop a Resize whose scales are all 1, or whose sizes are those of its input."""
     scales = constant(input_or_none(node, 2))
-    mode = node.attributes.get("coordinate_transformation_mode")
-    if scales is None or scales.size == 0 or np.any(scales != 1):
+    attribute = node.attributes.get("coordinate_transformation_mode")
+    mode = attribute.as_string() if attribute is not None else ""
+    by_scales = scales is not None and scales.size > 0
+    if np.any(scales != 1) if by_scales else not same_shape(node.inputs[0], node.outputs[0]):
         return None
-    if mode is not None and mode.as_string() == "tf_crop_and_resize":
+    if not by_scales and input_or_none(node, 3) is None:
+        return None
+    if mode == "tf_crop_and_resize":
         return Miss("a region of interest is cut out")
+    if mode == "tf_half_pixel_for_nn":
+        return Miss("pixels are read half a pixel away")
     return _pass_through(node)
 
 

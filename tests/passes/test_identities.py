@@ -35,7 +35,10 @@ REMOVED = {
         ("Slice(a, s, e, x1)", {"s": np.array([0]), "e": np.array([2**62]), "x1": np.array([2])}),
     ],
     "pad(x, 0) => x": [("Pad(a, s)", {"s": np.zeros(6, np.int64)})],
-    "resize(x, scales = 1) => x": [("Resize(a, , s)", {"s": np.ones(3, np.float32)})],
+    "resize(x, scales = 1) => x": [
+        ("Resize(a, , s)", {"s": np.ones(3, np.float32)}),
+        ('Resize<axes=[1, 2], mode="linear">(a, , , s)', {"s": np.array([3, 4])}),
+    ],
     "op(x) of one operand => x": [("Concat<axis=1>(a)", {}), ("Max(a)", {}), ("Sum(a)", {}), ("Mean(a)", {})],
     "split(x) into one => x": [("Split<axis=1, num_outputs=1>(a)", {})],
     "x op neutral => x": [
@@ -69,6 +72,8 @@ KEPT = [
     ("Slice(a, s, e, x1, st)", {"s": [-1], "e": [-(2**62)], "x1": [1], "st": [-1]}),  # reversed
     ("Pad(a, s)", {"s": np.array([0, 0, 0, 0, 0, 1])}),
     ("Resize(a, , s)", {"s": np.array([1, 1, 2], np.float32)}),
+    ('Resize<mode="linear">(a, , s)', {"s": np.array([1, 1, 1.2], np.float32)}),  # as many, but others
+    ("Resize<axes=[1, 2]>(a, , , s)", {"s": np.array([3, 8])}),
     ("Split<axis=2, num_outputs=2>(a)", {}),
     ("Mul(a, c)", {"c": np.float32(2)}),
     ("Mul(a, c)", {"c": np.ones((1, 1, 1, 1), np.float32)}),  # adds an axis
