@@ -19,6 +19,7 @@ import contextlib
 import json
 import multiprocessing
 import multiprocessing.pool
+import os
 import re
 import sys
 import tempfile
@@ -405,6 +406,8 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help="search with one of both")
     parser.add_argument("--only", default="", help="a regular expression for names")
     options = parser.parse_args()
+    # TVM takes half of the cores that it sees; its processes inherit this.
+    os.environ["TVM_NUM_THREADS"] = str(default_threads())
     chosen = [case for case in CASES if re.search(options.only, case.name)]
     if options.part == "report":
         print(table(chosen))
