@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import inf
 from queue import SimpleQueue
 from time import perf_counter
 
@@ -30,6 +31,8 @@ _MAX_TRIALS = 256
 _SHORT_CALL = 1e-3
 """Seconds beyond which a hand-over does not matter."""
 _TRIES = 5
+SPREAD_SECONDS = 0.15
+"""After this time the system has moved threads that share a core apart; seen are up to 0.1 s."""
 
 
 class Code:
@@ -136,24 +139,30 @@ class _Pool:
 class Trial:
     """Finds out whether calls with inputs of certain shapes are faster in the caller's thread alone.
 
-    Only short calls can be: then both ways take turns a few times, and the one with the fastest call is kept.
+    Only short calls can be: then both ways take turns a few times, and the one with the fastest call is kept. Threads
+    that have just begun may share a core: one thread is not found faster before they had time to move apart.
     """
 
     def __init__(self) -> None:
         self.alone = False
         self.decided = False
-        self._seconds: dict[bool, list[float]] = {False: [], True: []}
+        self._began = perf_counter()
+        self._calls = {False: 0, True: 0}
+        self._fastest = {False: inf, True: inf}
 
     def add(self, alone: bool, seconds: float) -> None:
         """Take note of the time of a call; the first of each way is not counted."""
-        self._seconds[alone].append(seconds)
-        several, single = self._seconds[False][1:], self._seconds[True][1:]
-        if len(several) >= 2 and min(several) > _SHORT_CALL:
+        self._calls[alone] += 1
+        if self._calls[alone] > 1:
+            self._fastest[alone] = min(self._fastest[alone], seconds)
+        several, single = self._calls[False] - 1, self._calls[True] - 1
+        faster_alone = self._fastest[True] < self._fastest[False]
+        if several >= 2 and self._fastest[False] > _SHORT_CALL:
             self.alone, self.decided = False, True
-        elif min(len(several), len(single)) >= _TRIES:
-            self.alone, self.decided = min(single) < min(several), True
+        elif min(several, single) >= _TRIES and (not faster_alone or perf_counter() - self._began > SPREAD_SECONDS):
+            self.alone, self.decided = faster_alone, True
         else:
-            self.alone = len(several) >= 2 and len(single) < len(several)
+            self.alone = several >= 2 and single < several
 
 
 class _Inline:

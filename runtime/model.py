@@ -17,13 +17,11 @@ from optc.errors import InputError, OptcError, UsageError
 from optc.runtime import ffi
 from optc.runtime.dlpack import DLPackTensor, contiguous
 from optc.runtime.dtypes import numpy_dtype
-from optc.runtime.executor import Executor, Machine
+from optc.runtime.executor import SPREAD_SECONDS, Executor, Machine
 from optc.runtime.format import Manifest, TensorSpec
 from optc.runtime.inputs import Inputs
 
 _MAX_THREADS = 1024
-_SPREAD_SECONDS = 0.15
-"""After this time the system has moved threads that share a core apart; seen are up to 0.1 s."""
 
 Output = tuple[ffi.Ref, int, tuple[int, ...], int]
 """A tensor, where its data starts, its shape and its size in bytes."""
@@ -161,7 +159,7 @@ class Model:
 
         def measure(machine: Machine) -> None:
             # Threads that have just begun may share a core until the system notices.
-            warm = time.perf_counter() + (_SPREAD_SECONDS if self.threads > 1 else 0.0)
+            warm = time.perf_counter() + (SPREAD_SECONDS if self.threads > 1 else 0.0)
             machine.run(arrays, starts)
             while time.perf_counter() < warm:
                 machine.run(arrays, starts)

@@ -139,7 +139,7 @@ def test_a_profile_waits_until_threads_are_on_cores_of_their_own(model, monkeypa
 
     monkeypatch.setattr(model, "threads", threads, raising=False)
     monkeypatch.setattr(Machine, "run", noted)
-    monkeypatch.setattr("optc.runtime.model._SPREAD_SECONDS", 0.05)
+    monkeypatch.setattr("optc.runtime.model.SPREAD_SECONDS", 0.05)
     model.profile(inputs(3, 40), repeat=5)
     if threads == 1:
         assert len(began) == 1 + 5

@@ -300,14 +300,40 @@ def test_threads_must_be_a_positive_integer(model, count):
         model.threads = count
 
 
-def test_short_calls_go_the_faster_way(model):
+def _tried(clock, times, calls=60):
+    """Return a trial whose calls take what ``times`` says of the moment and the way, and when it was decided."""
     trial = executor.Trial()
-    ways = {False: 60e-6, True: 40e-6}
-    for _ in range(30):
+    for _ in range(calls):
         if trial.decided:
             break
-        trial.add(trial.alone, ways[trial.alone])
-    assert trial.decided and trial.alone
+        clock[0] += 0.004
+        trial.add(trial.alone, times(clock[0], trial.alone))
+    return trial, clock[0]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(executor, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_several_threads_are_taken_as_soon_as_they_are_faster(clock):
+    trial, when = _tried(clock, lambda _, alone: 60e-6 if alone else 40e-6)
+    assert trial.decided and not trial.alone and when < executor.SPREAD_SECONDS
+
+
+def test_one_thread_is_taken_if_it_stays_faster(clock):
+    trial, when = _tried(clock, lambda _, alone: 40e-6 if alone else 60e-6)
+    assert trial.decided and trial.alone and when > executor.SPREAD_SECONDS
+
+
+def test_threads_that_share_a_core_at_first_are_waited_for(clock):
+    trial, _ = _tried(clock, lambda now, alone: 50e-6 if alone else 70e-6 if now < 0.1 else 30e-6)
+    assert trial.decided and not trial.alone
+
+
+def test_short_calls_go_either_way_with_the_same_results(model):
     model.threads = 2
     x = sample(4)
     results = [model.run({"x": x}) for _ in range(20)]
