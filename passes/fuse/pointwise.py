@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as oir
 
 from optc.passes.fuse.bias import bias_of, copied
-from optc.passes.fuse.pattern import integer, integers, leak, text
+from optc.passes.fuse.fold_batch_norm import copy_pays
+from optc.passes.fuse.pattern import along, integer, integers, leak, text
 from optc.passes.match import commuted, constant, input_or_none, producer, rank, same_dim, static_shape
 from optc.passes.rewrite import Miss, Ops, Outcome, Rewrite, RewritePass, rule
 
@@ -98,6 +99,8 @@ def pointwise_before_resize(node: oir.Node, ops: Ops) -> Outcome:
         return Miss("the bias is not constant")
     if not _pays(parts, len(weight), concat is not None):
         return Miss("the large image has too few channels for what resizing more of them takes")
+    if node.inputs[1] is not None and (miss := copy_pays(node.inputs[1], node.outputs[0])) is not None:
+        return miss
     if (reason := leak(node, *(part.source or part.value for part in parts))) is not None:
         return Miss(reason)
     if any(part.resize is not None and _resized(part.resize, None, len(weight)) is None for part in parts):
@@ -168,8 +171,9 @@ def pointwise_after_product(node: oir.Node, ops: Ops) -> Outcome:
     bias = bias_of(node, len(weight))
     if matmul is None or matrix is None or matrix.ndim != 2 or value is None or flat.shape[1] != matrix.shape[1]:
         return None
-    if shift is not None and shift.size not in (1, matrix.shape[1]):
-        return None
+    vector = None if shift is None else along(shift, 3, 2, matrix.shape[1])
+    if shift is not None and vector is None:
+        return Miss(f"a bias of shape {shift.shape} is not one per channel")
     if bias is None:
         return Miss("the bias is not constant")
     sizes = constant(reshape.inputs[1])
@@ -178,13 +182,15 @@ def pointwise_after_product(node: oir.Node, ops: Ops) -> Outcome:
     depth, channels, maps = *matrix.shape, len(weight)
     if depth * maps > depth * channels + channels * maps:
         return Miss(f"one product of {depth} by {maps} takes more than two over {channels} channels")
+    if node.inputs[1] is not None and (miss := copy_pays(node.inputs[1], node.outputs[0])) is not None:
+        return miss
     if (reason := leak(node, matmul.inputs[0])) is not None:
         return Miss(reason)
     mixed = weight.reshape(maps, channels).T.astype(np.float64)
     folded = ops.constant((matrix.astype(np.float64) @ mixed).astype(matrix.dtype), "weight")
     result = ops("MatMul", matmul.inputs[0], folded)
-    total = bias + (np.broadcast_to(shift.astype(np.float64).reshape(-1), channels) @ mixed if shift is not None else 0)
-    if shift is not None or bias.any():
+    total = bias if vector is None else bias + vector @ mixed
+    if vector is not None or bias.any():
         result = ops("Add", result, ops.constant(total.astype(matrix.dtype), "bias"))
     changed = sizes.copy()
     changed[1] = maps
@@ -205,6 +211,8 @@ def pointwise_after_pointwise(node: oir.Node, ops: Ops) -> Outcome:
     channels, depth, maps = len(matrix), matrix.shape[1], len(weight)
     if depth * maps > depth * channels + channels * maps:
         return Miss(f"one product of {depth} by {maps} takes more than two over {channels} channels")
+    if node.inputs[1] is not None and (miss := copy_pays(node.inputs[1], node.outputs[0])) is not None:
+        return miss
     if (reason := leak(node, first.inputs[0])) is not None:
         return Miss(reason)
     mixed = weight.reshape(maps, channels).astype(np.float64)

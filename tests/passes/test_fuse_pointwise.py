@@ -125,6 +125,21 @@ def test_after_a_product_of_flattened_pixels(shift, bias, build, check, rng):
     )
 
 
+def test_a_bias_of_pixels_is_none_of_channels(build, check, rng):
+    constants = {
+        "w": rng.standard_normal((10, 15), F),
+        "v": rng.standard_normal((6, 15, 1, 1), F),
+        "s": rng.standard_normal((15, 1), F),
+        "to": np.array([2, 15, 3, 5]),
+    }
+    text = (
+        "(float[2,15,10] x) => (float[2,6,3,5] r) { m = MatMul(x, w) a = Add(m, s) "
+        "t = Transpose<perm=[0,2,1]>(a) i = Reshape<allowzero=1>(t, to) r = Conv(i, v) }"
+    )
+    result = check(build(text, **constants), pointwise_pass(), feeds(rng, x=(2, 15, 10)), fired={}, atol=1e-4)
+    assert any("not one per channel" in skipped.reason for skipped in result.skipped)
+
+
 def test_a_product_through_a_bottleneck_stays(build, check, rng):
     constants = {
         "w": rng.standard_normal((90, 4), F),
