@@ -21,6 +21,9 @@ LEAST_CYCLES = 40_000
 CYCLES = "optc.cycles"
 """The attribute of a kernel with the cycles that it takes, if that depends on sizes of the run."""
 
+LAUNCH = "pragma_parallel_launch_point"
+"""TVM's attribute of statements that all threads run together."""
+
 
 def cycles(function: Any, target: Target, template: bool) -> Any:
     """Return about how many cycles an unscheduled kernel takes on one thread: an int, or an expression of its sizes.
@@ -48,8 +51,11 @@ def cycles(function: Any, target: Target, template: bool) -> Any:
 def settle(scheduled: Any, needed: Any) -> Any:
     """Return a scheduled kernel that takes ``needed`` cycles without its parallel loops if they do not pay.
 
-    Where sizes of the run decide, the kernel keeps them and gets the attribute ``CYCLES``.
+    Where sizes of the run decide, the kernel keeps them and gets the attribute ``CYCLES``. Kernels that start their
+    threads themselves have decided.
     """
+    if any(str(statement.attr_key) == LAUNCH for statement in loops.collect(scheduled.body, tirx.AttrStmt)):
+        return scheduled
     if loops.static(needed) is None:
         return scheduled.with_attr(CYCLES, needed)
     return scheduled if worth(needed) else scheduled.with_body(serial(scheduled.body))

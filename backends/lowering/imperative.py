@@ -14,6 +14,7 @@ from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
+from optc.backends.kernels.threads import LAUNCH
 from optc.backends.lowering.emit import as_index
 
 
@@ -85,6 +86,23 @@ def when(condition: Any) -> Iterator[None]:
 def repeat_while(condition: Any) -> Iterator[None]:
     """Repeat the statements of the block while ``condition`` holds."""
     with T.While(condition):
+        yield
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Let every thread run the block, which must be the same for all but for parallel loops: these share their turns.
+
+    What they write elsewhere must not matter. Scratch cells that a thread needs alone belong into a parallel loop.
+    """
+    with T.attr(tirx.const(0, "int32"), LAUNCH, tirx.const(1, "int32")):
+        yield
+
+
+@contextmanager
+def wait_at_end() -> Iterator[None]:
+    """Let threads wait for each other at the end of the block; within ``all_threads``, around parallel loops."""
+    with T.attr(tirx.const(0, "int32"), "pragma_parallel_barrier_when_finish", tirx.const(1, "int32")):
         yield
 
 

@@ -1,27 +1,20 @@
-"""RNN, GRU and LSTM: one matrix product of all steps with the input weights, then one kernel with the time loop.
-
-The recurrent weights are packed in panels of ``width`` gate columns, ``[panels, hidden, width]``, so that a step
-keeps one panel of sums in registers while it reads the state once: a vector-matrix product at the speed of the cache.
-"""
+"""RNN, GRU and LSTM: one matrix product of all steps with the input weights, then one kernel with the time loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from tvm import te, tirx
 
-from optc.backends.kernels import register_tile
 from optc.backends.kernels import vector_math as vm
 from optc.backends.kernels.fused import bits
 from optc.backends.lowering import imperative
 from optc.backends.lowering import index_math as im
 from optc.backends.lowering.emit import as_index
-from optc.backends.lowering.imperative import Cells, loop, variable
 from optc.backends.lowering.matmul import packed, product
+from optc.backends.lowering.recurrent_steps import Activation, Layer, Phase, plan, steps_of
 from optc.backends.lowering.site import Site
 from optc.backends.lowering.table import Table
 
@@ -31,66 +24,6 @@ _DEFAULTS = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "T
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 _ALPHA = {"LeakyRelu": 0.01, "Elu": 1.0, "HardSigmoid": 0.2, "ThresholdedRelu": 1.0, "Affine": 1.0, "ScaledTanh": 1.0}
 _BETA = {"HardSigmoid": 0.5, "Affine": 0.0, "ScaledTanh": 1.0}
-
-Activation = Callable[[Any], Any]
-
-
-@dataclass
-class _Cell:
-    """What the kernel needs to know: sizes, dtypes, activations by direction, and which operands there are."""
-
-    site: Site
-    directions: list[bool]
-    batch_first: bool
-    steps: Any
-    batch: Any
-    hidden: int
-    gates: int
-    lanes: int
-    width: int
-    compute: str
-    activations: list[list[Activation]]
-    operands: dict[str, int]
-
-    @property
-    def columns(self) -> int:
-        """Number of gate columns, padded to whole panels."""
-        return -(-self.gates * self.hidden // self.width) * self.width
-
-    def read(self, ins: Sequence[Cells], name: str, index: tuple[Any, ...]) -> Any:
-        """Return an element of an operand as the type that is computed in, 0 if the operand is absent."""
-        if name not in self.operands:
-            return tirx.const(0, self.compute)
-        return vm.convert(ins[self.operands[name]][index], self.compute)
-
-    def clip(self, value: Any) -> Any:
-        """Limit what enters an activation."""
-        limit = self.site.attr("clip")
-        if limit is None:
-            return value
-        bound = tirx.const(limit, self.compute)
-        return tirx.max(tirx.min(value, bound), tirx.const(-limit, self.compute))
-
-
-@dataclass
-class _State:
-    """Scratch of the kernel: recurrent sums, hidden state, cell state (of a GRU: reset state), update gate."""
-
-    sums: Cells
-    h: Cells
-    second: Cells
-    update: Cells
-
-    @classmethod
-    def allocate(cls, cell: _Cell) -> _State:
-        """Allocate the scratch of one kernel."""
-        shapes = [
-            [cell.batch, cell.columns],
-            [cell.batch, cell.hidden],
-            [cell.batch, cell.hidden],
-            [cell.hidden],
-        ]
-        return cls(*(imperative.cells(shape, cell.compute, scope="global") for shape in shapes))
 
 
 @TABLE.lowers("RNN", "GRU", "LSTM")
@@ -112,24 +45,15 @@ def recurrent(site: Site) -> Any:
     backward = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}[direction]
     compute = "float64" if site.dtype(0) == "float64" else "float32"
     lanes = site.target.lanes(bits(compute))
-    widths = (lanes * vectors for vectors in (register_tile.IN_FLIGHT, 4, 2))
-    cell = _Cell(
-        site=site,
-        directions=backward,
-        batch_first=batch_first,
-        steps=steps,
-        batch=batch,
-        hidden=hidden,
-        gates=gates,
-        lanes=lanes,
-        width=next((w for w in widths if gates * hidden >= w), lanes),
-        compute=compute,
-        activations=_activations(site, len(backward)),
-        operands={},
-    )
+    phases = [
+        plan(g, hidden, batch if isinstance(batch, int) else None, lanes, site.target) for g in _phases(site, gates)
+    ]
     x = site.reshape(site.check_equal(site.tensor(0), [first, second, expected]), [steps * batch, expected])
-    tensors = [_project(site, x, len(backward) * gates * hidden, expected), _pack(cell)]
-    cell.operands = {"projected": 0, "weights": 1}
+    tensors = [_project(site, x, len(backward) * gates * hidden, expected)]
+    operands = {"projected": 0}
+    for number, phase in enumerate(phases):
+        operands[f"weights{number}"] = len(tensors)
+        tensors.append(_pack(site, phase, len(backward), hidden))
     state = [batch, len(backward), hidden] if batch_first else [len(backward), batch, hidden]
     for name, index, shape in (
         ("bias", 3, [len(backward), 2 * gates * hidden]),
@@ -139,9 +63,33 @@ def recurrent(site: Site) -> Any:
         ("peephole", 7, [len(backward), 3 * hidden]),
     ):
         if site.has(index):
-            cell.operands[name] = len(tensors)
+            operands[name] = len(tensors)
             tensors.append(site.check_equal(site.tensor(index), shape))
-    return _emit(cell, tensors)
+    layer = Layer(
+        op=site.op,
+        directions=backward,
+        batch_first=batch_first,
+        steps=steps,
+        batch=batch,
+        hidden=hidden,
+        gates=gates,
+        lanes=lanes,
+        compute=compute,
+        phases=phases,
+        activations=_activations(site, len(backward)),
+        operands=operands,
+        clip=site.attr("clip"),
+        coupled=bool(site.attr("input_forget", 0)),
+        linear=bool(site.attr("linear_before_reset", 0)),
+    )
+    return _emit(site, layer, state, tensors)
+
+
+def _phases(site: Site, gates: int) -> list[tuple[int, ...]]:
+    """Return the gates of each product of a step. A GRU resets the state that it multiplies for its last gate."""
+    if site.op == "GRU" and not site.attr("linear_before_reset", 0):
+        return [(0, 1), (2,)]
+    return [tuple(range(gates))]
 
 
 def _project(site: Site, x: Any, columns: int, features: Any) -> Any:
@@ -153,21 +101,22 @@ def _project(site: Site, x: Any, columns: int, features: Any) -> Any:
     return product(site, x, weights, transpose_b=True, name="input_projection")
 
 
-def _pack(cell: _Cell) -> Any:
-    """Return the recurrent weights ``[D, G*H, H]`` as panels ``[D, panels, H, width]``, zero-padded."""
-    site, width, rows = cell.site, cell.width, cell.gates * cell.hidden
+def _pack(site: Site, phase: Phase, directions: int, hidden: int) -> Any:
+    """Return the recurrent weights ``[D, G*H, H]`` of a phase as ``[D, blocks, H, gates, width]``, zero-padded."""
+    count, padded = len(phase.gates), phase.blocks * phase.width
+    shape = [directions, phase.blocks, hidden, count, phase.width]
     constant = site.constant(2)
-    shape = [len(cell.directions), cell.columns // width, cell.hidden, width]
     if constant is not None:
-        whole = np.zeros((shape[0], cell.columns, cell.hidden), constant.dtype)
-        whole[:, :rows] = constant
-        panels = whole.reshape(shape[0], shape[1], width, cell.hidden).swapaxes(2, 3)
-        return site.weight(np.ascontiguousarray(panels), "recurrent")
+        whole = np.zeros((directions, count, padded, hidden), constant.dtype)
+        whole[:, :, :hidden] = constant.reshape(directions, -1, hidden, hidden)[:, list(phase.gates)]
+        blocks = whole.reshape(directions, count, phase.blocks, phase.width, hidden).transpose(0, 2, 4, 1, 3)
+        return site.weight(np.ascontiguousarray(blocks), "recurrent")
 
     def compute(r: Any) -> Any:
-        def element(d: Any, panel: Any, k: Any, j: Any) -> Any:
-            row = panel * width + j
-            return tirx.if_then_else(row < rows, r[d, row, k], tirx.const(0, str(r.dtype)))
+        def element(d: Any, block: Any, k: Any, gate: Any, j: Any) -> Any:
+            column = block * phase.width + j
+            row = (gate + phase.gates[0]) * hidden + column
+            return tirx.if_then_else(column < hidden, r[d, row, k], tirx.const(0, str(r.dtype)))
 
         return te.compute([as_index(v) for v in shape], element, "pack")
 
@@ -224,178 +173,16 @@ _FUNCTIONS: dict[str, Callable[[Any, Any, Any], Any]] = {
 }
 
 
-def _emit(cell: _Cell, tensors: Sequence[Any]) -> Any:
-    site, count = cell.site, len(cell.directions)
-    dtype = site.dtype(0)
-    last = [cell.batch, count, cell.hidden] if cell.batch_first else [count, cell.batch, cell.hidden]
-    if cell.batch_first:
-        sequence = [cell.batch, cell.steps, count, cell.hidden]
+def _emit(site: Site, layer: Layer, last: list[Any], tensors: list[Any]) -> Any:
+    """Emit the kernel of all steps; its outputs are all states and the ``last`` ones."""
+    dtype, directions = site.dtype(0), len(layer.directions)
+    if layer.batch_first:
+        sequence = [layer.batch, layer.steps, directions, layer.hidden]
     else:
-        sequence = [cell.steps, count, cell.batch, cell.hidden]
+        sequence = [layer.steps, directions, layer.batch, layer.hidden]
     outputs = [(sequence, dtype), (last, dtype)] + [(last, dtype)] * (site.op == "LSTM")
 
-    def body(ins: list[Cells], outs: list[Cells]) -> None:
-        state = _State.allocate(cell)
-        for direction, backward in enumerate(cell.directions):
-            _run_direction(cell, ins, outs, direction, backward, state)
-
     def compute(*a: Any) -> Any:
-        return list(imperative.procedure(a, outputs, body, site.op.lower()))
+        return list(imperative.procedure(a, outputs, lambda ins, outs: steps_of(layer, ins, outs), site.op.lower()))
 
     return site.emit(compute, *tensors)[: site.output_count]
-
-
-def _run_direction(
-    cell: _Cell, ins: list[Cells], outs: list[Cells], direction: int, backward: bool, state: _State
-) -> None:
-    """Write the loop over time of one direction."""
-    h, second = state.h, state.second
-    lstm = cell.site.op == "LSTM"
-    step_of = {"RNN": _rnn, "GRU": _gru, "LSTM": _lstm}[cell.site.op]
-
-    def at_state(b: Any, j: Any) -> tuple[Any, ...]:
-        return (b, direction, j) if cell.batch_first else (direction, b, j)
-
-    def at_sequence(t: Any, b: Any, j: Any) -> tuple[Any, ...]:
-        return (b, t, direction, j) if cell.batch_first else (t, direction, b, j)
-
-    def store(target: Cells, index: tuple[Any, ...], value: Any) -> None:
-        target[index] = vm.convert(value, target.dtype)
-
-    with loop(cell.batch, cell.hidden) as (b, j):
-        h[b, j] = cell.read(ins, "h", at_state(b, j))
-        second[b, j] = cell.read(ins, "c", at_state(b, j)) if lstm else tirx.const(0, cell.compute)
-    with loop(cell.steps) as (s,):
-        _multiply(cell, ins, direction, h, state.sums, 0)
-        with loop(cell.batch) as (b,):
-            length = as_index(cell.steps)
-            if "lengths" in cell.operands:
-                length = ins[cell.operands["lengths"]][b].astype("int64")
-            t = variable("int64", length - 1 - s if backward else s)
-            with imperative.when(s < length):
-                row = b * cell.steps + t[0] if cell.batch_first else t[0] * cell.batch + b
-                step_of(cell, ins, direction, b, row, state)
-                with _elements(cell) as j:
-                    store(outs[0], at_sequence(t[0], b, j), h[b, j])
-            with imperative.when(s >= length), loop(cell.hidden) as (j,):
-                store(outs[0], at_sequence(s, b, j), tirx.const(0, cell.compute))
-    with loop(cell.batch, cell.hidden) as (b, j):
-        store(outs[1], at_state(b, j), h[b, j])
-        if lstm:
-            store(outs[2], at_state(b, j), second[b, j])
-
-
-@contextmanager
-def _elements(cell: _Cell) -> Iterator[Any]:
-    """Loop over the hidden elements, in vectors if they fill them."""
-    if cell.hidden % cell.lanes:
-        with loop(cell.hidden) as (j,):
-            yield j
-    else:
-        with loop(cell.hidden // cell.lanes) as (outer,), loop(cell.lanes, kind="vectorized") as (inner,):
-            yield outer * cell.lanes + inner
-
-
-def _multiply(
-    cell: _Cell,
-    ins: list[Cells],
-    direction: int,
-    state: Cells,
-    sums: Cells,
-    first_gate: int,
-    only: Any = None,
-) -> None:
-    """Set ``sums`` of ``first_gate`` and the gates after it, for all batch entries or ``only`` one.
-
-    Whole panels are written, also the columns before ``first_gate`` in its first panel.
-    """
-    width, lanes, weights = cell.width, cell.lanes, ins[cell.operands["weights"]]
-    begin = first_gate * cell.hidden // width
-    with loop(cell.columns // width - begin, cell.batch if only is None else 1) as (offset, entry):
-        panel = offset + begin
-        b = entry if only is None else only
-        total = imperative.cells([width], cell.compute)
-        with loop(width // lanes, kind="unroll") as (u,), loop(lanes, kind="vectorized") as (v,):
-            total[u * lanes + v] = 0
-        with loop(cell.hidden) as (k,):
-            with loop(width // lanes, kind="unroll") as (u,), loop(lanes, kind="vectorized") as (v,):
-                j = u * lanes + v
-                weight = vm.convert(weights[direction, panel, k, j], cell.compute)
-                total[j] = total[j] + state[b, k] * weight
-        with loop(width // lanes, kind="unroll") as (u,), loop(lanes, kind="vectorized") as (v,):
-            sums[b, panel * width + u * lanes + v] = total[u * lanes + v]
-
-
-def _inputs(cell: _Cell, ins: list[Cells], direction: int, gate: int, row: Any, j: Any) -> Any:
-    """Return the projected input of a gate with its input bias."""
-    size = cell.gates * cell.hidden
-    column = gate * cell.hidden + j
-    value = cell.read(ins, "projected", (row, direction * size + column))
-    return value + cell.read(ins, "bias", (direction, column)) if "bias" in cell.operands else value
-
-
-def _recurrent_bias(cell: _Cell, ins: list[Cells], direction: int, gate: int, j: Any) -> Any:
-    return cell.read(ins, "bias", (direction, (cell.gates + gate) * cell.hidden + j))
-
-
-def _gate(cell: _Cell, ins: list[Cells], direction: int, gate: int, b: Any, row: Any, sums: Cells, j: Any) -> Any:
-    """Return what enters the activation of a gate, before peepholes and clipping."""
-    value = _inputs(cell, ins, direction, gate, row, j) + sums[b, gate * cell.hidden + j]
-    return value + _recurrent_bias(cell, ins, direction, gate, j)
-
-
-def _rnn(cell: _Cell, ins: list[Cells], direction: int, b: Any, row: Any, state: _State) -> None:
-    (f,) = cell.activations[direction]
-    with _elements(cell) as j:
-        state.h[b, j] = f(cell.clip(_gate(cell, ins, direction, 0, b, row, state.sums, j)))
-
-
-def _lstm(cell: _Cell, ins: list[Cells], direction: int, b: Any, row: Any, state: _State) -> None:
-    """Gates i, o, f, c; the output gate sees the new cell state through its peephole."""
-    f, g, last = cell.activations[direction]
-    sums, h, c = state.sums, state.h, state.second
-    one = tirx.const(1, cell.compute)
-    coupled = bool(cell.site.attr("input_forget", 0))
-
-    def peephole(number: int, j: Any, value: Any) -> Any:
-        if "peephole" not in cell.operands:
-            return tirx.const(0, cell.compute)
-        return cell.read(ins, "peephole", (direction, number * cell.hidden + j)) * value
-
-    with _elements(cell) as j:
-
-        def gate(number: int, extra: Any = None) -> Any:
-            value = _gate(cell, ins, direction, number, b, row, sums, j)
-            return cell.clip(value if extra is None else value + extra)
-
-        # The sums of a gate make room for its activation, because a vector loop has no variables.
-        sums[b, j] = f(gate(0, peephole(0, j, c[b, j])))
-        forget = (b, 2 * cell.hidden + j)
-        sums[forget] = one - sums[b, j] if coupled else f(gate(2, peephole(2, j, c[b, j])))
-        c[b, j] = sums[forget] * c[b, j] + sums[b, j] * g(gate(3))
-        h[b, j] = f(gate(1, peephole(1, j, c[b, j]))) * last(c[b, j])
-
-
-def _gru(cell: _Cell, ins: list[Cells], direction: int, b: Any, row: Any, state: _State) -> None:
-    """Gates z, r, h; without ``linear_before_reset`` the reset state is multiplied with the weights again."""
-    f, g = cell.activations[direction]
-    linear = bool(cell.site.attr("linear_before_reset", 0))
-    sums, h, reset, update = state.sums, state.h, state.second, state.update
-    with _elements(cell) as j:
-        r = f(cell.clip(_gate(cell, ins, direction, 1, b, row, sums, j)))
-        if linear:
-            reset[b, j] = r * (sums[b, 2 * cell.hidden + j] + _recurrent_bias(cell, ins, direction, 2, j))
-        else:
-            reset[b, j] = r * h[b, j]
-        # Kept aside, because the second product may overwrite the sums of this gate.
-        update[j] = f(cell.clip(_gate(cell, ins, direction, 0, b, row, sums, j)))
-    if not linear:
-        _multiply(cell, ins, direction, reset, sums, 2, only=b)
-    with _elements(cell) as j:
-        value = _inputs(cell, ins, direction, 2, row, j)
-        if linear:
-            value = value + reset[b, j]
-        else:
-            value = value + sums[b, 2 * cell.hidden + j] + _recurrent_bias(cell, ins, direction, 2, j)
-        candidate = g(cell.clip(value))
-        h[b, j] = (tirx.const(1, cell.compute) - update[j]) * candidate + update[j] * h[b, j]
