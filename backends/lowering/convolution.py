@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx
 
-from optc.backends.kernels import contraction, convolution, few_rows, winograd
+from optc.backends.kernels import contraction, convolution, few_rows, packed_schedule, winograd
 from optc.backends.kernels.decisions import Space
 from optc.backends.kernels.loops import ceildiv, static
 from optc.backends.kernels.workload import Core, annotation, sizes
@@ -102,7 +102,7 @@ def product(
     channels, dtype = weights.shape[0], str(x.ty.dtype)
     rows = static_product([shape_of(x)[0], *geometry.out])
     w = site.weight(pack_filters(site, weights, groups, rows, dtype), "packed")
-    notes = annotation(core, layout.decisions)
+    notes = annotation(core, layout.decisions) | _border(geometry, shape_of(x)[1 if last else 2])
     bias = [site.tensor(2)] if site.has(2) else []
 
     def compute(a: Any, f: Any, *b: Any) -> Any:
@@ -123,6 +123,17 @@ def product(
 
     y = site.emit(compute, x, w, *bias, name="conv", attributes=contraction.FUSIBLE)
     return site.reshape(y, [shape_of(x)[0], *geometry.out, channels]) if groups > 1 else y
+
+
+def _border(geometry: Windows, padded_size: Any) -> dict[str, list[int]]:
+    """Return the annotation that tells which rows of a padded image are not zeros."""
+    before, after = geometry.before[0], geometry.after[0]
+    if not all(isinstance(v, int) for v in (before, after, padded_size, geometry.kernel[0])):
+        return {}
+    if geometry.kernel[0] == 1 or before == after == 0:
+        return {}
+    size = padded_size - before - after
+    return {packed_schedule.BORDER: [before, size, geometry.strides[0], geometry.dilations[0]]}
 
 
 def pack_filters(site: Site, weights: np.ndarray, groups: int, rows: int | None, dtype: str) -> np.ndarray:

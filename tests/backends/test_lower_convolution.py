@@ -13,7 +13,7 @@ from onnx import helper
 from tvm import te, tirx
 
 from optc.backends.cpu.target import resolve, to_tvm
-from optc.backends.kernels import convolution
+from optc.backends.kernels import convolution, packed_schedule
 
 F = np.float32
 
@@ -213,3 +213,53 @@ def test_padding_row_by_row(seed, last):
     got = tvm.runtime.tensor(np.zeros_like(want))
     tvm.compile(function, target=to_tvm(resolve("cpu")))["main"](tvm.runtime.tensor(x), got)
     np.testing.assert_array_equal(got.numpy(), want)
+
+
+DILATED = {
+    "wide": ((1, 16, 12, 12), (20, 16, 3, 3), {"pads": [9, 9, 9, 9], "dilations": [9, 9]}),
+    "wider than the image": ((1, 6, 7, 9), (20, 6, 3, 3), {"pads": [8, 8, 8, 8], "dilations": [8, 8]}),
+    "two images": ((2, 6, 7, 5), (20, 6, 3, 3), {"pads": [5, 5, 5, 5], "dilations": [5, 5]}),
+    "only behind": ((1, 6, 11, 9), (20, 6, 3, 2), {"pads": [0, 0, 11, 2], "dilations": [4, 1], "strides": [2, 1]}),
+    "grouped": ((1, 8, 9, 9), (12, 4, 3, 3), {"group": 2, "pads": [6, 6, 6, 6], "dilations": [6, 6]}),
+    "deep": ((1, 700, 6, 6), (18, 700, 3, 3), {"pads": [4, 4, 4, 4], "dilations": [4, 4]}),
+    "3-D": ((1, 2, 5, 6, 7), (3, 2, 3, 3, 3), {"pads": [4, 0, 1, 4, 0, 1], "dilations": [4, 1, 1]}),
+}
+
+
+@pytest.mark.parametrize("case", DILATED)
+def test_rows_of_zeros_are_not_multiplied(compile_model, make_model, monkeypatch, case):
+    shape, filters, attributes = DILATED[case]
+    found = []
+    border = packed_schedule.PackedGenerator._border
+    monkeypatch.setattr(
+        packed_schedule.PackedGenerator, "_border", lambda self: found.append(border(self)) or found[-1]
+    )
+    w, x = data(*filters, seed=1), data(*shape)
+    model = model_of(make_model, "Conv", shape, w, after=["Relu"], **attributes)
+    np.testing.assert_allclose(compile_model(model)(x)[0], reference(model, x), rtol=1e-4, atol=1e-4)
+    assert any(found)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    before=st.integers(0, 12), size=st.integers(1, 9), after=st.integers(0, 12), stride=st.integers(1, 3),
+    dilation=st.integers(1, 9), window=st.integers(2, 4), width=st.integers(1, 6), images=st.integers(1, 3),
+    tile=st.integers(1, 9),
+)  # fmt: skip
+def test_rows_left_out_are_zeros(before, size, after, stride, dilation, window, width, images, tile):
+    height = (before + size + after - (window - 1) * dilation - 1) // stride + 1
+    if height < 1:
+        return
+    border = packed_schedule.Border(before, size, stride, dilation, window, height, width)
+    pixels = np.arange(images * height * width)
+    inside = (pixels // width % height)[:, None] * stride + np.arange(window) * dilation - before
+    needed = (inside >= 0) & (inside < size)
+    for first in range(0, len(pixels), tile):
+        last = min(first + tile, len(pixels)) - 1
+        low, high = border.inside(first, last, min, max)
+        assert low >= 0
+        assert high <= window
+        wanted = np.flatnonzero(needed[first : last + 1].any(axis=0))
+        assert all(low <= k < high for k in wanted)
+        if len(wanted) and first // (height * width) == last // (height * width):
+            assert high - low <= wanted[-1] - wanted[0] + 1
