@@ -45,8 +45,15 @@ def resize(site: Site) -> Any:
     transform = _text(site, "coordinate_transformation_mode", "half_pixel")
     crop = transform == "tf_crop_and_resize"
     plan, scales = _plan(site, shape, axes)
-    last = site.is_last(0)
+    grows = all(isinstance(axis.scale, float) and axis.scale >= 1 for axis in plan)
+    # What leaves the model leaves it channels-first: better turn the smaller tensor. TVM would fuse that with a gather.
+    result = site.node.outputs[0]
+    leaves = mode != "nearest" and result.is_graph_output() and not result.uses()
+    last = site.is_last(0) and not (grows and leaves)
     x = site.last(0) if last else site.tensor(0)
+    if grows and not last:
+        # The innermost axis, along which vectors have to gather, while there are fewer elements.
+        plan = plan[::-1]
     if last:
         order = channels_last(len(shape))
         plan = [replace(axis, axis=order.index(axis.axis)) for axis in plan]

@@ -7,8 +7,13 @@ import onnxruntime
 import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
+from tvm import tirx
 
+import optc
+from optc.backends.cpu.build import CpuBackend
+from optc.backends.cpu.target import resolve
 from optc.errors import UnsupportedModelError
+from optc.frontend.onnx import load
 
 F = np.float32
 X = np.random.default_rng(0).standard_normal((1, 2, 5, 7)).astype(F)
@@ -138,3 +143,27 @@ def test_agrees_with_onnxruntime_on_a_feature_pyramid(compile_model, make_model)
     x = np.random.default_rng(1).standard_normal((2, 4, 5, 3)).astype(F)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     np.testing.assert_array_equal(compile_model(model)(x)[0], session.run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+def test_what_leaves_the_model_is_turned_before_it_grows(make_model, mode):
+    rng = np.random.default_rng(0)
+    constants = {
+        "w": rng.standard_normal((21, 16, 3, 3)).astype(np.float32),
+        "scales": np.array([1, 1, 4, 3], np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Resize", ["c", "", "scales"], ["y"], mode=mode),
+    ]
+    model = make_model(nodes, {"x": (np.float32, [2, 16, 9, 7])}, {"y": np.float32}, constants)
+    backend = CpuBackend(resolve("cpu"))
+    module, _ = backend.fuse(load(model))
+    turned = [f for v, f in module.functions.items() if "transpose" in v.name_hint and isinstance(f, tirx.PrimFunc)]
+    sizes = {int(np.prod([int(d) for d in f.params[-1].ty.shape])) for f in turned}
+    assert 2 * 21 * 9 * 7 in sizes
+    assert 2 * 21 * 36 * 21 not in sizes
+    x = rng.standard_normal((2, 16, 9, 7)).astype(np.float32)
+    (found,) = optc.compile(model, verify=False).model().run({"x": x}).values()
+    (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
