@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
 import tvm
 import tvm_ffi
 from tvm import tirx
 
 from optc.backends.base import Target
 from optc.backends.kernels import loops, register_tile, sharing
+from optc.backends.kernels.border import border_of
 from optc.backends.kernels.decisions import counts, decide
 from optc.backends.kernels.fused import Axes, Fused, Reader, bits
 from optc.backends.kernels.loops import bind, load, loop, replace, sequence, static, store
@@ -35,10 +35,6 @@ _LINE = 64
 """Bytes of a cache line."""
 _CHUNK_TILES = 8
 """Row tiles of a chunk that pay for reading the panels once more."""
-BORDER = "optc.border"
-"""The annotation of a convolution with the first row of the image behind padding, rows, stride and dilation."""
-_WORTH_SKIPPING = 0.9
-"""The part of a convolution's products up to which those with rows of zeros are left out."""
 _CHUNK_ROWS = 64
 """Rows that a chunk has room for at least: k is cut into blocks so that they fit."""
 
@@ -76,35 +72,6 @@ class Block:
 
     begin: Any
     count: Any
-
-
-@dataclass(frozen=True)
-class Border:
-    """A convolution over rows of which ``size`` follow ``before`` rows of zeros; others follow them.
-
-    Windows have ``window`` rows, ``dilation`` apart; outputs have ``height`` rows of ``width`` pixels.
-    """
-
-    before: int
-    size: int
-    stride: int
-    dilation: int
-    window: int
-    height: int
-    width: int
-
-    def inside(self, first: Any, last: Any, smaller: Any, larger: Any) -> tuple[Any, Any]:
-        """Return the first row of the window, and the one behind the last, that pixels ``first`` to ``last`` need.
-
-        All of them where the pixels are not of one image. ``smaller`` and ``larger`` are minimum and maximum.
-        """
-        top, bottom = first // self.width, last // self.width
-        more_images = bottom // self.height - top // self.height
-        above = larger(top % self.height - more_images * self.height, 0)
-        below = smaller(top % self.height + bottom - top, self.height - 1)
-        missing = larger(self.before - below * self.stride, 0)
-        reach = larger(self.before + self.size - 1 - above * self.stride + self.dilation, 0)
-        return (missing + self.dilation - 1) // self.dilation, smaller(reach // self.dilation, self.window)
 
 
 class PackedGenerator:
@@ -145,7 +112,7 @@ class PackedGenerator:
         self.buffers: list[Any] = []
         """Allocations of what a task needs to unpack panels."""
         self.address = self._separate()
-        self.border = self._border()
+        self.border = border_of(fused, self.row_operand, self.rows, self.mr)
         operand = loops.loads(self.column_operand)[0].source
         is_far = far(prod(int(d) for d in operand.shape) * bits(str(operand.dtype)) // 8, target)
         self.far = bool(decide("prefetch", int(is_far), (0, 1)))
@@ -364,20 +331,6 @@ class PackedGenerator:
             end = tirx.IfThenElse(block.begin + block.count < self.outer, sequence(*write), end)
         products = self._inside(r, block, lambda inside: self._over_reduced(update, inside))
         return sequence(*allocate, *bindings, *ahead_bindings, *begin, products, end)
-
-    def _border(self) -> Border | None:
-        """Return where a convolution's rows of zeros are, if it is worth leaving them out."""
-        notes = self.fused.core.annotations
-        rows = [size for size in map(static, self.rows.extents) if size]
-        plain = isinstance(self.row_operand, tvm.ir.TensorLoad)
-        if BORDER not in notes or not plain or len(rows) < max(3, len(self.rows.extents)):
-            return None
-        before, size, stride, dilation = (int(v) for v in notes[BORDER])
-        border = Border(before, size, stride, dilation, self.outer, rows[1], prod(rows[2:]))
-        first = np.arange(0, prod(rows), self.mr)
-        low, high = border.inside(first, np.minimum(first + self.mr, prod(rows)) - 1, np.minimum, np.maximum)
-        done = float(np.maximum(high - low, 0).mean()) / self.outer
-        return border if done <= _WORTH_SKIPPING else None
 
     def _inside(self, r: Any, block: Block, body: Callable[[Block], Any]) -> Any:
         """Return ``body`` of the part of a block of window rows that row tile ``r`` has inside of the image."""

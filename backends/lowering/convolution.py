@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx
 
-from optc.backends.kernels import contraction, convolution, few_rows, packed_schedule, winograd
+from optc.backends.kernels import contraction, convolution, few_rows, winograd
+from optc.backends.kernels.border import BORDER
 from optc.backends.kernels.decisions import Space
 from optc.backends.kernels.loops import ceildiv, static
 from optc.backends.kernels.workload import Core, annotation, sizes
@@ -133,7 +134,7 @@ def _border(geometry: Windows, padded_size: Any) -> dict[str, list[int]]:
     if geometry.kernel[0] == 1 or before == after == 0:
         return {}
     size = padded_size - before - after
-    return {packed_schedule.BORDER: [before, size, geometry.strides[0], geometry.dilations[0]]}
+    return {BORDER: [before, size, geometry.strides[0], geometry.dilations[0]]}
 
 
 def pack_filters(site: Site, weights: np.ndarray, groups: int, rows: int | None, dtype: str) -> np.ndarray:
