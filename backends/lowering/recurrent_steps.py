@@ -61,7 +61,6 @@ def plan(gates: tuple[int, ...], hidden: int, batch: int | None, lanes: int, tar
 
     A step takes what its register tile does, or reading the weights; ``batch`` is None where only a run knows it.
     """
-
     entries = batch or 1
     bytes_ = target.vector_bits // 8
 
@@ -232,9 +231,9 @@ class _Part:
 
     def _multiplied(self, b: Any, k: Any) -> Any:
         """Return an element of what the weights are multiplied with: the state, or a GRU's reset state."""
-        return (
-            self.steps.second[self.direction, b, k] if self.number else self.steps.h[self.s % 2, self.direction, b, k]
-        )
+        if self.number:
+            return self.steps.second[self.direction, b, k]
+        return self.steps.h[self.s % 2, self.direction, b, k]
 
     def each_entry(self, element: Callable[[_Part, Any], None]) -> None:
         """Write what follows the product for each batch entry; those that have ended keep their state."""
