@@ -15,7 +15,7 @@ from statistics import median
 from optc.autotune.distance import distance
 from optc.autotune.machine import Machine
 from optc.autotune.record import FAILURES, KEPT, MODEL, OK, Record, tvm_version
-from optc.backends.kernels.decisions import Space
+from optc.backends.kernels.decisions import TRACE, Space
 from optc.backends.kernels.templates import VERSIONS
 from optc.backends.kernels.workload import Workload
 
@@ -135,6 +135,12 @@ class Lookup:
         self.answers[answer_key(workload)] = answer
         return answer.decisions
 
+    def trace(self, workload: Workload) -> str:
+        """Return the trace of what was served."""
+        answer = self.answers[answer_key(workload)]
+        # All records of a choice have the same.
+        return answer.choice.records[0].trace if answer.choice is not None and TRACE in answer.decisions else ""
+
     def holds(self, workload: Workload, space: Space) -> bool:
         """Tell whether the untuned kernel is still the one that the records are relative to."""
         choice = self.answers[answer_key(workload)].choice
@@ -160,6 +166,8 @@ class Lookup:
             return Answer(ANALYTIC, {})
         choice, away = near
         moved = {k: v for k, v in choice.decisions.items() if v != choice.defaults.get(k)} if _lendable(choice) else {}
+        # The loops of another shape are other loops.
+        moved = {} if TRACE in moved else moved
         return Answer(NEAREST, moved, choice, away)
 
     def _best(self, here: list[Choice]) -> Choice:

@@ -18,6 +18,7 @@ from typing import Any
 
 from optc.autotune.machine import Machine
 from optc.backends.kernels import workload as workloads
+from optc.backends.kernels.decisions import TRACE, number_of
 from optc.backends.kernels.workload import Workload
 from optc.errors import OptcError
 
@@ -43,7 +44,7 @@ class Record:
     ``decisions`` are all that differ or could differ, ``defaults`` the untuned ones, of layout and template alike.
     ``seconds`` and ``baseline`` are samples of the candidate and of the untuned kernel, taken in turns. ``state`` is
     "ok", a failure, "kept" (it was decided not to search, for the ``note``'s reason), or "hint": not measured here, to
-    be tried first.
+    be tried first. ``trace`` is the text of the one that the decisions name, if they do.
     """
 
     workload: Workload
@@ -60,6 +61,7 @@ class Record:
     noise: float = 0.0
     error: float = 0.0
     note: str = ""
+    trace: str = ""
 
     @property
     def ratio(self) -> float:
@@ -90,6 +92,8 @@ class Record:
             "error": _short(self.error),
             "note": self.note,
         }
+        if self.trace:
+            body["trace"] = self.trace
         return _dump(body | {"crc": zlib.crc32(_dump(body).encode())})
 
 
@@ -127,7 +131,10 @@ def _record(data: dict[str, Any]) -> Record:
         noise=float(data["noise"]),
         error=float(data["error"]),
         note=str(data["note"]),
+        trace=str(data.get("trace", "")),
     )
+    if record.decisions.get(TRACE, 0) != (number_of(record.trace) if record.trace else 0):
+        raise ValueError("the trace is not the one that was decided for")
     if record.state not in STATES or record.where not in (ALONE, MODEL):
         raise ValueError(f"state {record.state!r} at {record.where!r}")
     samples = [*record.seconds, *record.baseline]

@@ -1,4 +1,7 @@
-"""The search in the decisions of one task: what was tried, and what to try next."""
+"""The search in the decisions of one task: what was tried, and what to try next.
+
+Decisions of a template are chosen by the cost model. Where there is no template, TVM's evolution has a say.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from optc.autotune.evolution import Evolution
 from optc.autotune.model import CostModel, Point, features, improvement
 from optc.autotune.tasks import Task
-from optc.backends.kernels.decisions import Knob
+from optc.backends.kernels.decisions import TRACE, Knob, number_of
 
 _PAIRS = 24
 """Random changes of two decisions that are looked at beside all changes of one."""
@@ -34,6 +38,10 @@ class Candidate:
         return dict(self.decisions)
 
 
+NEXT = Candidate(0, ((TRACE, 0),))
+"""The next trace of the evolution, whichever that is: it is made when it is tried."""
+
+
 @dataclass
 class Result:
     """A candidate with its ratio to the untuned kernel, infinite for a failure."""
@@ -53,6 +61,8 @@ class Search:
     tried: set[Candidate] = field(default_factory=set)
     knobs: dict[int, dict[str, Knob]] = field(default_factory=dict)
     hints: list[Candidate] = field(default_factory=list)
+    evolution: Evolution | None = None
+    traces: dict[int, str] = field(default_factory=dict)
     _ranked: list[tuple[float, Candidate]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,7 +106,34 @@ class Search:
             self._rank()
         self._ranked = [entry for entry in self._ranked if entry[1] not in self.tried]
         hinted = [(_HINTED, candidate) for candidate in self.hints if candidate not in self.tried]
-        return [*hinted, *self._ranked][:count]
+        traced = [(self.evolution.promise(self.best.ratio), NEXT)] if self.evolution is not None else []
+        decided = sorted([*traced, *self._ranked[:count]], key=lambda entry: -entry[0])
+        return [*hinted, *decided][:count]
+
+    def settle(self, candidate: Candidate) -> Candidate | None:
+        """Return the candidate that ``NEXT`` stands for, None if there is none left; any other as it is."""
+        if candidate != NEXT or self.evolution is None:
+            return candidate
+        while text := self.evolution.propose():
+            found = self._traced(text)
+            if found not in self.tried:
+                return found
+        self.evolution = None
+        return None
+
+    def trace(self, candidate: Candidate) -> str:
+        """Return the text of a candidate's trace, empty if it has none."""
+        return self.traces.get(candidate.given.get(TRACE, 0), "")
+
+    def remember(self, text: str, ratio: float) -> None:
+        """Take note of a trace that another run has measured."""
+        candidate = self._traced(text)
+        if candidate not in self.tried:
+            self.learn(candidate, ratio)
+
+    def _traced(self, text: str) -> Candidate:
+        self.traces[number_of(text)] = text
+        return Candidate(0, ((TRACE, number_of(text)),))
 
     def hint(self, wanted: Mapping[str, int]) -> None:
         """Try first what is nearest to decisions that were good elsewhere."""
@@ -116,6 +153,10 @@ class Search:
         """Take note of a result, and of decisions that this candidate led to."""
         self.tried.add(candidate)
         self.results.append(Result(candidate, ratio))
+        if TRACE in candidate.given:
+            if self.evolution is not None:
+                self.evolution.learn(self.trace(candidate), ratio)
+            return
         self.model.add(self.point(candidate), ratio)
         if knobs:
             self.knobs[candidate.variant] = {**self.knobs[candidate.variant], **knobs}
@@ -140,7 +181,8 @@ class Search:
     def _pool(self) -> set[Candidate]:
         """Return the neighbours of the best candidates so far, and the other variants as they come."""
         pool = {Candidate(i, ()) for i in range(len(self.task.variants))}
-        finite = sorted((r for r in self.results if math.isfinite(r.ratio)), key=lambda r: r.ratio)
+        decided = (r for r in self.results if math.isfinite(r.ratio) and TRACE not in r.candidate.given)
+        finite = sorted(decided, key=lambda r: r.ratio)
         for result in finite[:_LEADERS]:
             start = result.candidate
             changes = [(n, o) for n, knob in sorted(self.knobs[start.variant].items()) for o in knob.options]

@@ -17,6 +17,7 @@ from tvm import relax, tirx
 
 from optc.backends.base import Target
 from optc.backends.cpu.build import CpuBackend
+from optc.backends.kernels import generic
 from optc.backends.kernels.decisions import Space, deciding
 from optc.backends.kernels.schedule import schedule_kernel
 from optc.backends.kernels.work import work
@@ -79,6 +80,16 @@ class Task:
         return self.variants[0].workload
 
     @property
+    def decided(self) -> bool:
+        """Whether there are decisions to take."""
+        return any(v.space.knobs for v in self.variants) or len(self.variants) > 1
+
+    @property
+    def searched(self) -> bool:
+        """Whether TVM's search may find a schedule, because no template of ours does."""
+        return self.variants[0].template in generic.SEARCHED
+
+    @property
     def key(self) -> str:
         """The fingerprint."""
         return self.workload.key
@@ -105,6 +116,9 @@ class _Forced:
     def schedule(self, workload: Workload) -> Mapping[str, int]:
         return {}
 
+    def trace(self, workload: Workload) -> str:
+        return ""
+
     def holds(self, workload: Workload, space: Space) -> bool:
         return True
 
@@ -121,7 +135,7 @@ def extract(model: oir.Model, target: Target, without: Collection[str] = ()) -> 
             name = str(var.name_hint)
             if isinstance(function, tirx.PrimFunc) and name in calls:
                 _add(tasks, name, function, calls[name], target, first=not given)
-    return [task for task in tasks.values() if any(v.space.knobs for v in task.variants) or len(task.variants) > 1]
+    return [task for task in tasks.values() if task.searched or task.decided]
 
 
 def _answers(task: Task, given: Mapping[str, int]) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from optc.autotune import data, log
+from optc.autotune.evolution import Evolution, target_of
 from optc.autotune.imported import product_of
 from optc.autotune.lookup import refusal
 from optc.autotune.machine import Machine
@@ -22,8 +23,10 @@ from optc.autotune.pool import Pool, Process
 from optc.autotune.record import HINT, KEPT, OK, Record, paired, tvm_version
 from optc.autotune.search import Candidate, Search, candidate_of
 from optc.autotune.tasks import Task
+from optc.backends.cpu.target import to_tvm
 from optc.backends.kernels import winograd
 from optc.backends.kernels.templates import VERSIONS
+from optc.backends.registry import resolve
 
 LEAST_SHARE = 0.002
 """Tasks that take less of the model's time are not tuned: half of it, the most to hope for, is noise."""
@@ -80,11 +83,18 @@ class Tuner:
         self.skipped = [t for t in self.tasks if t.share < LEAST_SHARE]
         chosen = sorted((t for t in self.tasks if t.share >= LEAST_SHARE), key=lambda t: -t.share)
         self.model = CostModel({t.key: t.workload for t in self.tasks})
-        self.searches = [Search(task, self.model) for task in chosen]
+        self.searches = [Search(task, self.model, evolution=self._evolution(task)) for task in chosen]
         # Tasks keep to their worker: the heaviest are dealt out first.
         workers = len(self.pool.processes)
         self.owned = [self.searches[i::workers] for i in range(workers)]
         self.dead: set[str] = set()
+
+    def _evolution(self, task: Task) -> Evolution | None:
+        """Return TVM's search for a kernel without a template, None for others."""
+        if not task.searched:
+            return None
+        cores = target_of(to_tvm(resolve(self.pool.settings.target)), self.machine.threads)
+        return Evolution(task.variants[0].function, cores)
 
     def run(self) -> None:
         """Tune until the budget is spent or nothing promises enough. May be interrupted at any time."""
@@ -111,7 +121,10 @@ class Tuner:
         for process, search, candidate in batch:
             if self._prepare(process, search, candidate.variant):
                 number, key = self.trials + len(built), search.task.key
-                process.send("build", task=key, variant=candidate.variant, decisions=candidate.given, number=number)
+                trace = search.trace(candidate)
+                process.send(
+                    "build", task=key, variant=candidate.variant, decisions=candidate.given, number=number, trace=trace
+                )
                 built.append((process, search, candidate, number))
         answers = [process.receive(self.pool.settings.build_seconds) for process, *_ in built]
         # Kernels on one machine are measured one after the other; servers do not disturb each other.
@@ -139,18 +152,28 @@ class Tuner:
         batch: list[tuple[Process, Search, Candidate]] = []
         left = math.inf if self.budget.trials is None else self.budget.trials - self.trials
         for process, owned in zip(self.pool.processes, self.owned, strict=True):
+            picked = self._pick(owned) if len(batch) < left else None
+            if picked is not None:
+                batch.append((process, *picked))
+        return batch
+
+    def _pick(self, owned: list[Search]) -> tuple[Search, Candidate] | None:
+        """Return the candidate that promises most for the model, None if none promises enough."""
+        while True:
             found = [
                 (gain * search.task.share, i, search, candidate)
                 for i, search in enumerate(owned)
                 if search.task.key not in self.dead
                 for gain, candidate in search.propose(1)
             ]
-            if not found or len(batch) >= left:
-                continue
+            if not found:
+                return None
             gain, _, search, candidate = max(found, key=lambda f: (f[0], -f[1]))
-            if gain >= LEAST_GAIN:
-                batch.append((process, search, candidate))
-        return batch
+            if gain < LEAST_GAIN:
+                return None
+            settled = search.settle(candidate)
+            if settled is not None:
+                return search, settled
 
     def _prepare(self, process: Process, search: Search, variant: int) -> bool:
         """Load what a worker needs for a candidate; False if the untuned kernel itself does not work there."""
@@ -192,7 +215,8 @@ class Tuner:
             search.learn(candidate, math.inf)
         if not str(answer.get("note", "")).startswith("IllegalDecisionError"):
             note = str(answer.get("note", ""))
-            self._append([self._record(search.task, candidate, state, {**built, **answer}, note)])
+            trace = search.trace(candidate)
+            self._append([self._record(search.task, candidate, state, {**built, **answer}, note, trace)])
         if self.trials % _REFRESH == 0:
             for other in self.searches:
                 other.stale()
@@ -208,7 +232,13 @@ class Tuner:
         return same != candidate and same in search.tried
 
     def _record(
-        self, task: Task, candidate: Candidate, state: str, answer: dict[str, Any] | None = None, note: str = ""
+        self,
+        task: Task,
+        candidate: Candidate,
+        state: str,
+        answer: dict[str, Any] | None = None,
+        note: str = "",
+        trace: str = "",
     ) -> Record:
         answer = answer or {}
         variant = task.variants[candidate.variant]
@@ -227,6 +257,7 @@ class Tuner:
             noise=float(answer.get("noise", 0.0)),
             error=float(answer.get("error", 0.0)),
             note=note,
+            trace=trace,
         )
 
     def _append(self, records: Iterable[Record]) -> None:
@@ -244,6 +275,9 @@ class Tuner:
         for record in records:
             search = searches.get(record.workload.key)
             if search is None or record.state in (KEPT, HINT) or refusal(record, self.machine) is not None:
+                continue
+            if record.trace:
+                search.remember(record.trace, record.ratio)
                 continue
             candidate = candidate_of(search.task, record.decisions)
             if candidate is not None and candidate not in search.tried:

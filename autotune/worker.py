@@ -121,10 +121,12 @@ class Worker:
             self.expected[task] = untuned
         return {"seconds": median(self._once(*self.baseline[task]) for _ in range(_BASE_CALLS))}
 
-    def build(self, task: str, variant: int, decisions: Mapping[str, int], number: int) -> dict[str, Any]:
+    def build(
+        self, task: str, variant: int, decisions: Mapping[str, int], number: int, trace: str = ""
+    ) -> dict[str, Any]:
         """Build a candidate, run it once, and compare."""
         loaded = self.loaded[task, variant]
-        function, knobs, taken = self._build(loaded, decisions)
+        function, knobs, taken = self._build(loaded, decisions, trace)
         self.built[number] = function, loaded
         error = difference(self._run(function, loaded), self.expected[task])
         if error is None or error > 1:
@@ -150,11 +152,13 @@ class Worker:
         noise = median(abs(s - base) for s in samples[0]) / base
         return {"seconds": samples[1], "baseline": samples[0], "noise": noise}
 
-    def _build(self, loaded: Loaded, decisions: Mapping[str, int]) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    def _build(
+        self, loaded: Loaded, decisions: Mapping[str, int], trace: str = ""
+    ) -> tuple[Any, dict[str, Any], dict[str, int]]:
         from optc.backends.kernels.decisions import deciding
         from optc.backends.kernels.schedule import schedule_kernel
 
-        with deciding(decisions) as space:
+        with deciding(decisions, trace=trace) as space:
             scheduled, _, _ = schedule_kernel(loaded.function, self.target)
         return self.place.build(scheduled), dict(space.knobs), space.decisions
 

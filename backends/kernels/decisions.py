@@ -3,22 +3,30 @@
 A template asks ``decide(name, default, options)`` where its analytic model has an answer. Outside of ``deciding`` that
 answer is the result. Inside, given decisions replace it, and what was asked is recorded: the space of a kernel is what
 its template asks for, with options that follow from the target and the sizes, so every option is legal.
+
+Where there is no template, a whole schedule can be the decision: a trace (``traces.py``), told by its number.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import log2
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from optc.backends.kernels.workload import Workload
 from optc.errors import OptcError
 
+Schedule = TypeVar("Schedule")
 Cost = Callable[[int], float]
 """What an option takes by an analytic model, in any unit."""
+
+
+TRACE = "trace"
+"""The decision that a trace is the schedule: its number, 0 for none."""
 
 
 class IllegalDecisionError(OptcError):
@@ -46,11 +54,12 @@ _UNKNOWN = 1.02
 class Space:
     """The decisions asked for so far, and those taken; ``refused`` are given ones that are illegal, if not strict.
 
-    The legal option nearest to a refused one takes its place.
+    The legal option nearest to a refused one takes its place. ``trace`` is the one that may be decided for.
     """
 
     given: Mapping[str, int] = field(default_factory=dict)
     strict: bool = True
+    trace: str = ""
     refused: list[str] = field(default_factory=list)
     knobs: dict[str, Knob] = field(default_factory=dict)
     taken: dict[str, int] = field(default_factory=dict)
@@ -91,13 +100,36 @@ def decide(name: str, default: int, options: Iterable[int], cost: Cost | None = 
     return default if space is None else space.decide(name, default, options, cost)
 
 
+def number_of(trace: str) -> int:
+    """Return the number that tells a trace from others."""
+    return zlib.crc32(trace.encode()) or 1
+
+
+def traced(replay: Callable[[str], Schedule]) -> Schedule | None:
+    """Return what ``replay`` makes of the trace in force, None if the decisions take none.
+
+    Raises IllegalDecisionError; so may ``replay``, for a trace of another kernel, which is refused then if not strict.
+    """
+    space = _CURRENT.get()
+    if space is None or not space.decide(TRACE, 0, [number_of(space.trace)] if space.trace else [], None):
+        return None
+    try:
+        return replay(space.trace)
+    except IllegalDecisionError:
+        if space.strict:
+            raise
+        space.refused.append(TRACE)
+        space.taken[TRACE] = 0
+        return None
+
+
 @contextmanager
-def deciding(given: Mapping[str, int], *, strict: bool = True) -> Iterator[Space]:
-    """Let ``given`` decide inside of the block; the result tells what was asked.
+def deciding(given: Mapping[str, int], *, strict: bool = True, trace: str = "") -> Iterator[Space]:
+    """Let ``given``, which may name ``trace``, decide inside of the block; the result tells what was asked.
 
     Illegal decisions raise if ``strict``; else the nearest legal ones take their place.
     """
-    space = Space(given, strict)
+    space = Space(given, strict, trace)
     token = _CURRENT.set(space)
     try:
         yield space
@@ -118,6 +150,9 @@ class Tuning(Protocol):
 
     def schedule(self, workload: Workload) -> Mapping[str, int]:
         """Return decisions of the template, for a workload with its epilogue and layout."""
+
+    def trace(self, workload: Workload) -> str:
+        """Return the trace that what ``schedule`` has served names, an empty text for none."""
 
     def holds(self, workload: Workload, space: Space) -> bool:
         """Tell whether what ``schedule`` has served fits the untuned kernel of ``space``; else that is taken."""

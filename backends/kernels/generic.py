@@ -6,6 +6,8 @@
 3. Outer spatial loops are fused and run in parallel when the work is worth a thread; the innermost loop is
    vectorized when its extent is a multiple of the vector, else left to LLVM's vectorizer, which handles
    remainders and symbolic extents.
+
+A tuning log may have a trace for such a kernel, which then takes the place of all that.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from optc.backends.base import Target
-from optc.backends.kernels import turned
-from optc.backends.kernels.decisions import decide
+from optc.backends.kernels import traces, turned
+from optc.backends.kernels.decisions import decide, traced
 from optc.backends.kernels.loops import uses
 from optc.backends.kernels.work import expensive
 
 GENERIC, TURNED, SERIAL = RULES = ("generic", "turned", "serial")
 """The names of the rules: the one above, transpositions in squares, loops that are left as they are."""
+TRACED = "traced"
+"""The rule of kernels that a trace schedules."""
+SEARCHED = (GENERIC, TURNED)
+"""Rules of kernels for which TVM's search may find a better schedule."""
 _SPATIAL, _REDUCTION = 0, 2
 _TASKS = 64
 """Tasks that threads share evenly enough."""
@@ -32,7 +38,10 @@ _SUMS = 8
 
 
 def schedule(function: Any, target: Target, parallel: bool) -> tuple[Any, str]:
-    """Return ``function`` scheduled and the name of the rule that did it, one of ``RULES``."""
+    """Return ``function`` scheduled and the name of the rule that did it, one of ``RULES`` or ``TRACED``."""
+    replayed = traced(lambda text: traces.replay(function, text))
+    if replayed is not None:
+        return replayed, TRACED
     sch = s_tir.Schedule(function, enable_check=False, error_render_level="none")
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     if not blocks or not all(_regular(sch, block) for block in blocks):

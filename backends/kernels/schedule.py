@@ -39,7 +39,8 @@ class Kernel:
     def tunable(self) -> bool:
         """Whether there is anything to decide, and sizes to measure it with."""
         workload = self.workload
-        return workload is not None and workload.fixed and bool(self.space.knobs or workload.layout)
+        searched = self.rule in (*generic.SEARCHED, generic.TRACED)
+        return workload is not None and workload.fixed and bool(self.space.knobs or workload.layout or searched)
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON form that the artifact's report carries."""
@@ -66,7 +67,8 @@ def schedule(module: Any, target: Target, tuning: Tuning | None = None) -> tuple
             with deciding({}) as space:
                 schedule_kernel(function, target)
             given = given if tuning.holds(workload, space) else {}
-        with deciding(given, strict=False) as space:
+        trace = tuning.trace(workload) if tuning and given else ""
+        with deciding(given, strict=False, trace=trace) as space:
             scheduled, rule, wanted = schedule_kernel(function, target)
         module[var] = scheduled
         kernels.append(Kernel(name, rule, wanted, work(function), workload, space))

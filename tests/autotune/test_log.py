@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from optc.autotune import log
 from optc.autotune.record import BadRecordError, parse
+from optc.backends.kernels.decisions import TRACE, number_of
 from optc.errors import UsageError
 
 
@@ -23,6 +24,15 @@ def test_a_record_survives_its_line(record):
     original = record(0.8, noise=0.01, error=2e-7, note="é")
     assert parse(original.line) == original
     assert "\n" not in original.line
+
+
+def test_a_trace_is_part_of_its_record(record):
+    text = '[[["EnterPostproc", [], [], []]], []]'
+    original = record(0.8, {TRACE: number_of(text)}, trace=text)
+    assert parse(original.line) == original
+    for other in (replace(original, trace=""), replace(original, trace=text + " "), record(0.8, trace=text)):
+        with pytest.raises(BadRecordError, match="trace"):
+            parse(other.line)
 
 
 def test_appending_keeps_order_and_drops_repetition(record, tmp_path):

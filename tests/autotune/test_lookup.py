@@ -15,6 +15,7 @@ from optc.autotune.machine import machine_of
 from optc.autotune.record import KEPT, MODEL, parse
 from optc.backends.cpu.target import resolve
 from optc.backends.kernels import generic
+from optc.backends.kernels.decisions import TRACE, number_of
 from optc.backends.kernels.templates import TEMPLATES, VERSIONS
 from optc.backends.kernels.workload import Workload
 
@@ -58,6 +59,18 @@ def test_records_of_every_template_and_rule_are_served(record, template):
     one = replace(record(0.8), template=template, template_version=VERSIONS[template])
     assert refusal(one, MACHINE) is None
     assert served([one]).source == EXACT
+
+
+def test_a_trace_is_served_for_its_own_shape_only(record):
+    traced = record(0.5, {TRACE: number_of("[]")}, trace="[]", where=MODEL)
+    found = Lookup(MACHINE, [traced, record(0.6, {"unroll": 2})])
+    assert found.schedule(matmul())[TRACE] == number_of("[]")
+    assert found.trace(matmul()) == "[]"
+    near = matmul(m=96)
+    assert found.schedule(near) == {} and found.trace(near) == ""
+    assert found.answers[answer_key(near)].source == NEAREST
+    plain = Lookup(MACHINE, [record(0.5)])
+    assert plain.schedule(matmul()) and plain.trace(matmul()) == ""
 
 
 @pytest.mark.parametrize("state", ["crash", "timeout", "memory", "wrong", "error"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from optc.autotune.model import CostModel, Point, features, improvement
-from optc.autotune.search import Candidate, Search, candidate_of
+from optc.autotune.search import NEXT, Candidate, Search, candidate_of
 from optc.backends.kernels.decisions import Knob, Space
 from optc.backends.kernels.workload import Workload
 
@@ -114,6 +114,47 @@ def test_expected_improvement():
     gain = improvement(np.array([0.0, -0.1, 0.5]), np.array([0.1, 0.1, 0.1]), 0.0)
     assert gain[1] > gain[0] > gain[2] >= 0
     assert gain[0] == pytest.approx(0.1 / math.sqrt(2 * math.pi))
+
+
+class Traces:
+    """An evolution that knows three traces."""
+
+    def __init__(self, gain):
+        self.gain, self.left, self.learned = gain, ["c", "b", "a"], {}
+
+    def promise(self, best):
+        return self.gain
+
+    def propose(self):
+        return self.left.pop() if self.left else ""
+
+    def learn(self, text, ratio):
+        self.learned[text] = ratio
+
+
+def test_traces_are_tried_while_they_promise_more_than_decisions():
+    _, (search,) = searching(task())
+    search.evolution = evolution = Traces(gain=1.0)
+    search.remember("b", 0.5)
+    for expected in ("a", "c"):
+        ((gain, candidate),) = search.propose(1)
+        assert (gain, candidate) == (1.0, NEXT)
+        settled = search.settle(candidate)
+        assert search.trace(settled) == expected, "what another run has measured is not tried again"
+        search.learn(settled, 0.9, {"trace": knob(0, 0, 1)})
+    assert evolution.learned == {"b": 0.5, "a": 0.9, "c": 0.9}
+    assert search.best.ratio == 0.5 and search.trace(search.best.candidate) == "b"
+    assert search.settle(NEXT) is None and search.evolution is None
+    run(search, 12)
+    assert all(len(c.decisions) < 2 or "trace" not in c.given for c in search.tried), "a trace decides alone"
+    assert "trace" not in search.knobs[0]
+
+
+def test_traces_wait_while_they_promise_less():
+    _, (search,) = searching(task())
+    search.evolution = Traces(gain=0.0)
+    assert search.propose(1)[0][1] != NEXT
+    assert search.settle(search.propose(1)[0][1]) == search.propose(1)[0][1]
 
 
 def test_recorded_decisions_are_found_again():

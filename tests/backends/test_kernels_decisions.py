@@ -45,6 +45,9 @@ class Forced:
     def layout(self, workload):
         return self.layouts
 
+    def trace(self, workload):
+        return ""
+
     def holds(self, workload, space):
         return True
 

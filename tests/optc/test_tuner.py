@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx.parser
@@ -120,6 +121,40 @@ def test_wrong_usage(model, arguments):
 def test_what_cannot_be_measured_here_is_refused(model, tmp_path):
     with pytest.raises(UsageError, match="cannot be measured here"):
         tune(str(model), Plan(tmp_path / "log", trials=1), target="aarch64")
+
+
+@pytest.fixture(scope="module")
+def normalized(tmp_path_factory):
+    """Return a model of kernels without a template."""
+    path = tmp_path_factory.mktemp("normalized") / "model.onnx"
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[1, 96, 32, 40] x) => (float[1, 96] y, float[1, 32, 40, 96] z)
+        { y = ReduceMean<keepdims = 0>(x, axes)  z = Transpose<perm = [0, 2, 3, 1]>(x) }"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2, 3]), "axes"))
+    onnx.save(model, path)
+    return path
+
+
+def test_kernels_without_a_template_are_searched_too(normalized):
+    path = normalized.with_name("log.jsonl")
+    tune(str(normalized), Plan(path, trials=10))
+    found = log.read(path)
+    traced = [r for r in found.records if r.trace]
+    assert not found.bad and len({r.trace for r in traced}) > 2
+    assert {r.state for r in traced} <= {OK}, [r.note for r in traced]
+    # Whatever was faster here: a log in which traces are makes a model of them.
+    served = normalized.with_name("served.jsonl")
+    log.append(served, [replace(r, seconds=tuple(0.5 * s for s in r.baseline)) for r in traced])
+    artifact = driver.compile(str(normalized), tuning=Tuning(served))
+    assert "traced" in {k["schedule"] for k in artifact.report["kernels"]}
+    assert all(o["relative"] < 1e-5 for o in artifact.report["verification"]["outputs"])
+    again = driver.compile(str(normalized), tuning=Tuning(served))
+    assert again.report["kernels"] == artifact.report["kernels"]
+    before = {r.trace for r in traced}
+    tune(str(normalized), Plan(path, trials=3))
+    new = [r for r in log.read(path).records if r.trace and r.where != MODEL and r not in traced]
+    assert not {r.trace for r in new} & before, "a second run goes on"
 
 
 def test_a_model_without_fixed_sizes_is_refused(tmp_path):
