@@ -60,7 +60,7 @@ def coverage(build: Build, served: Lookup) -> dict[str, Any]:
 def require(build: Build, served: Lookup) -> None:
     """Raise MissingTuningError that names every kernel with a template that has no record of its own.
 
-    Others decide about threads only, and some of them come and go with the layouts around them.
+    The schedule of others is a rule, and some of them come and go with the layouts around them.
     """
     missing = {
         name: workload

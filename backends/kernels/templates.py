@@ -30,8 +30,7 @@ ScheduleFunction = Callable[[Any, Target], Any]
 
 
 VERSIONS = {
-    **dict.fromkeys(generic.RULES, 3),
-    generic.TURNED: 4,
+    **dict.fromkeys(generic.RULES, 4),
     attention.TEMPLATE: 1,
     contraction.TEMPLATE: 5,
     integer_contraction.TEMPLATE: 5,
