@@ -21,7 +21,7 @@ from tvm import s_tir, tirx
 from optc.backends.base import Target
 from optc.backends.kernels import traces, turned
 from optc.backends.kernels.decisions import decide, traced
-from optc.backends.kernels.loops import static, uses
+from optc.backends.kernels.loops import uses
 from optc.backends.kernels.work import expensive
 
 GENERIC, TURNED, SERIAL = RULES = ("generic", "turned", "serial")
@@ -171,42 +171,10 @@ def _schedule_alone(sch: Any, block: Any, lanes: int, parallel: bool) -> None:
     reduction = _reductions(sch, block)
     loops = sch.get_loops(block)
     spatial = loops[: len(loops) - len(reduction)]
-    if not reduction:
-        spatial = _flatten(sch, block, spatial, lanes)
     outer = _vectorize(sch, block, spatial, reduction, lanes)
     if parallel and outer:
         tasks = outer[: _tasks([_extent(sch, loop) for loop in outer])]
         sch.parallel(sch.fuse(*tasks) if len(tasks) > 1 else tasks[0])
-
-
-def _flatten(sch: Any, block: Any, spatial: list[Any], lanes: int) -> list[Any]:
-    """Make one loop of the innermost ones where that is a loop over neighbours, and the innermost alone has no whole
-    vectors; returns all loops.
-    """
-    extents = [_extent(sch, loop) for loop in spatial]
-    if not extents or extents[-1] is None or extents[-1] % lanes == 0:
-        return spatial
-    content = sch.get(block)
-    axes = [v.var for v in content.iter_vars]
-    count = min(_neighbours(region, axes, extents) for region in (*content.reads, *content.writes))
-    if count < 2:
-        return spatial
-    return [*spatial[: len(spatial) - count], sch.fuse(*spatial[len(spatial) - count :])]
-
-
-def _neighbours(region: Any, axes: list[Any], extents: list[int | None]) -> int:
-    """Return how many of the last axes walk through neighbours of ``region``, or leave it where it is."""
-    starts, shape = [r.min for r in region.region], list(region.source.shape)
-    unused = next((i for i, axis in enumerate(reversed(axes)) if any(uses(s, [axis]) for s in starts)), len(axes))
-    if unused:
-        return unused
-    count = 0
-    for axis, extent, start, size in zip(*map(reversed, (axes, extents, starts, shape)), strict=False):
-        others = [s for s in starts if not s.same_as(start)]
-        if extent is None or not start.same_as(axis) or static(size) != extent or any(uses(s, [axis]) for s in others):
-            break
-        count += 1
-    return count
 
 
 def _tasks(extents: list[int | None]) -> int:
