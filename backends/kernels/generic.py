@@ -37,6 +37,8 @@ _SCALARS = (".nearbyint", ".isnan", ".isinf", ".isfinite", ".rsqrt")
 """Operators that TVM's vectorizer takes apart into lanes."""
 _SUMS = 8
 """Vectors of sums that are kept in registers."""
+_LEAST_LANES = 4
+"""Lanes that make a vector of sums."""
 
 
 def schedule(function: Any, target: Target, parallel: bool) -> tuple[Any, str]:
@@ -194,19 +196,33 @@ def _vectorize(sch: Any, block: Any, spatial: list[Any], reduction: list[Any], l
     """Vectorize the innermost spatial loop where its extent allows; returns the loops left outside."""
     outer = list(spatial)
     extent = _extent(sch, spatial[-1]) if spatial else None
+    if reduction and extent is not None and extent % lanes:
+        # Half a vector of sums is far more than one sum after the other.
+        lanes = max(_LEAST_LANES, extent & -extent)
     if extent is not None and lanes > 1 and extent % lanes == 0 and not _scalar_only(sch.get(block)):
         # Several sums at once: an addition does not wait for the one before, and whole cache lines are read.
-        sums = next(n for n in (_SUMS, 4, 2, 1) if extent // lanes % n == 0) if reduction else 1
+        sums = next(n for n in range(_SUMS, 0, -1) if extent // lanes % n == 0) if reduction else 1
         outer[-1], several, vector = sch.split(spatial[-1], [None, sums, lanes], preserve_unit_iters=True)
         if reduction:
             sch.reorder(*reduction, several, vector)
         sch.unroll(several)
         sch.vectorize(vector)
+    elif reduction and len(outer) > 1 and _walks(sch, block):
+        # All sums once for each term: LLVM's vectors, of any number of sums.
+        sch.reorder(*reduction, outer.pop())
     elif len(outer) > 1 and not reduction:
         outer = outer[:-1]  # the innermost loop stays whole, for LLVM's vectorizer
     if reduction:
         sch.decompose_reduction(block, reduction[0])
     return outer
+
+
+def _walks(sch: Any, block: Any) -> bool:
+    """Tell whether all that ``block`` reads lies next to each other along its last spatial axis."""
+    content = sch.get(block)
+    axis = [v.var for v in content.iter_vars if int(v.iter_type) == _SPATIAL][-1]
+    regions = [region for region in content.reads if list(region.region)]
+    return all(region.region[-1].min.same_as(axis) for region in regions)
 
 
 def _scalar_only(block: Any) -> bool:
