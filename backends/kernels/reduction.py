@@ -2,8 +2,8 @@
 
 A reduction along the contiguous axis is a chain of dependent scalar operations. Here it is split in the compute
 itself: ``LANES`` partial results over interleaved elements (an ordinary spatial axis, which any schedule
-vectorizes), then the rest of the row, then the few partial results. The order of operations, and so the result to
-the last bit, does not depend on the schedule; rounding errors grow ``LANES`` times more slowly.
+vectorizes), ``FOLDED`` in short rows, then the rest of the row, then the few partial results. The order of operations, and so the result to
+the last bit, does not depend on the schedule; rounding errors grow that many times more slowly.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def reduce(
     if any(_constant(e) == 0 for e in extents):
         return te.compute(rows, lambda *_: reducer.identity, name)
     last = _constant(extents[-1])
-    if not contiguous or (last is not None and last < 2 * LANES):
+    if not contiguous or (last is not None and last < 2 * FOLDED):
         result = _plain(reducer, read, rows, extents, name)
     else:
         result = _split(reducer, read, rows, extents, last, name)
@@ -116,32 +116,34 @@ def _split(
     reducer: Reducer, read: Read, rows: Sequence[Any], extents: Sequence[Any], last: int | None, name: str
 ) -> Any:
     extent = extents[-1]
-    whole = tirx.floordiv(extent, LANES) if last is None else last // LANES
-    rest = extent - whole * LANES if last is None else last % LANES
+    width = LANES if last is None or last >= 2 * LANES else FOLDED
+    whole = tirx.floordiv(extent, width) if last is None else last // width
+    rest = extent - whole * width if last is None else last % width
     outer = [te.reduce_axis((0, e), f"k{i}") for i, e in enumerate(extents[:-1])]
     chunk = te.reduce_axis((0, whole), "chunk")
 
     def partial(*index: Any) -> Any:
         lane = index[-1]
-        inner = (*(a.var for a in outer), chunk.var * LANES + lane)
+        inner = (*(a.var for a in outer), chunk.var * width + lane)
         return reducer.over(read(index[:-1], inner), [*outer, chunk])
 
-    lanes = te.compute([*rows, LANES], partial, name + "_lanes")
-    group = te.reduce_axis((0, LANES // FOLDED), "group")
-    folded = te.compute(
-        [*rows, FOLDED],
-        lambda *i: reducer.over(lanes(*i[:-1], group.var * FOLDED + i[-1]), [group]),
-        name + "_folded",
-    )
+    lanes = folded = te.compute([*rows, width], partial, name + "_lanes")
+    if width > FOLDED:
+        group = te.reduce_axis((0, width // FOLDED), "group")
+        folded = te.compute(
+            [*rows, FOLDED],
+            lambda *i: reducer.over(lanes(*i[:-1], group.var * FOLDED + i[-1]), [group]),
+            name + "_folded",
+        )
     lane = te.reduce_axis((0, FOLDED), "lane")
     total = te.compute(rows, lambda *i: reducer.over(folded(*i, lane.var), [lane]), name)
-    if last is not None and last % LANES == 0:
+    if last is not None and last % width == 0:
         return total
     others = [te.reduce_axis((0, e), f"r{i}") for i, e in enumerate(extents[:-1])]
     position = te.reduce_axis((0, rest), "rest")
 
     def remainder(*index: Any) -> Any:
-        inner = (*(a.var for a in others), position.var + whole * LANES)
+        inner = (*(a.var for a in others), position.var + whole * width)
         return reducer.over(read(index, inner), [*others, position])
 
     tail = te.compute(rows, remainder, name + "_rest")
