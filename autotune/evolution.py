@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import tvm
 from numpy.typing import NDArray
+from tvm import s_tir
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as search
 
 from optc.autotune.model import improvement
-from optc.backends.kernels import traces
+from optc.backends.kernels import loops, traces
 from optc.backends.kernels.decisions import IllegalDecisionError
+from optc.backends.kernels.fused import REDUCTION
 
 Vector = NDArray[np.float64]
 
@@ -37,6 +39,8 @@ _UNMEASURED = 16
 _MOST = 1 << 20
 _LEAST = 4
 """Measurements from which their features say something about others."""
+_SUMS = 4
+"""Sums of a kernel whose partial sums are tried."""
 _RIDGE = 0.1
 _USUAL = math.log(1.2)
 _DEVIATION = 0.3
@@ -102,7 +106,9 @@ class Evolution:
         """Make the design space, once."""
         if self._context is not None:
             return
-        rules = search.space_generator.PostOrderApply(sch_rules="llvm", postprocs="llvm", mutator_probs="llvm")
+        rules = search.space_generator.PostOrderApply(
+            sch_rules=_rules(self.function), postprocs="llvm", mutator_probs="llvm"
+        )
         strategy = search.search_strategy.EvolutionarySearch(
             population_size=_POPULATION, init_min_unmeasured=_UNMEASURED, genetic_num_iters=_ROUNDS
         )
@@ -173,6 +179,18 @@ class _Scores(search.cost_model.PyCostModel):  # type: ignore[misc]
     def _features(self, context: Any, candidates: Sequence[Any]) -> list[Vector]:
         stores = [array.numpy() for array in self.features.extract_from(context, list(candidates))]
         return [np.concatenate([s.sum(axis=0), s.max(axis=0, initial=0.0)]) for s in stores]
+
+
+def _rules(function: Any) -> list[Any]:
+    """Return TVM's rules for CPUs, without the one for partial sums where there are many sums: it has three answers to
+    each, and spaces multiply.
+    """
+    sums = sum(
+        any(int(v.iter_type) == REDUCTION for v in block.iter_vars)
+        for block in loops.collect(function.body, s_tir.SBlock)
+    )
+    rules = search.ScheduleRule.create("llvm")
+    return [r for r in rules if sums <= _SUMS or not isinstance(r, search.schedule_rule.AddRFactor)]
 
 
 def _squares(left: Vector, right: Vector) -> Vector:

@@ -46,6 +46,23 @@ def test_every_proposal_is_another_right_schedule():
     assert [evolution(sums()).propose(), evolution(sums()).propose()] == texts[:1] * 2, "the same in every run"
 
 
+def many_sums(count=8):
+    a = te.placeholder((16, 64), "float32", "a")
+    stages = []
+    for i in range(count):
+        k = te.reduce_axis((0, 64), f"k{i}")
+        stages.append(te.compute((16,), lambda r, k=k, i=i: te.sum(a[r, k] * float(i + 1), k), f"sum{i}"))
+    return te.create_prim_func([a, te.compute((16,), lambda r: sum(s[r] for s in stages), "all")])
+
+
+def test_many_sums_do_not_multiply_spaces():
+    """Each of them with partial sums of either kind, or none, would be 3^8 spaces: minutes."""
+    search = evolution(many_sums())
+    text = search.propose()
+    assert text and "RFactor" not in text
+    assert any("RFactor" in evolution(sums(), seed).propose() for seed in range(1, 4))
+
+
 def test_instructions_of_gpus_are_not_parsed():
     evolution(sums()).propose()
     assert "tvm.s_tir.tensor_intrin" not in sys.modules
