@@ -1,9 +1,9 @@
 """Reductions as tensor expressions that vectorize without a schedule's help.
 
 A reduction along the contiguous axis is a chain of dependent scalar operations. Here it is split in the compute
-itself: ``LANES`` partial results over interleaved elements (an ordinary spatial axis, which any schedule
-vectorizes), ``FOLDED`` in short rows, then the rest of the row, then the few partial results. The order of operations, and so the result to
-the last bit, does not depend on the schedule; rounding errors grow that many times more slowly.
+itself: ``LANES`` partial results over interleaved elements, ``FOLDED`` in short rows (an ordinary spatial axis, which
+any schedule vectorizes), then the rest of the row, then the few partial results. The order of operations, and so the
+result to the last bit, does not depend on the schedule; rounding errors grow that many times more slowly.
 """
 
 from __future__ import annotations

@@ -48,10 +48,12 @@ def test_every_proposal_is_another_right_schedule():
 
 def many_sums(count=8):
     a = te.placeholder((16, 64), "float32", "a")
-    stages = []
-    for i in range(count):
+
+    def total(i):
         k = te.reduce_axis((0, 64), f"k{i}")
-        stages.append(te.compute((16,), lambda r, k=k, i=i: te.sum(a[r, k] * float(i + 1), k), f"sum{i}"))
+        return te.compute((16,), lambda r: te.sum(a[r, k] * float(i + 1), k), f"sum{i}")
+
+    stages = [total(i) for i in range(count)]
     return te.create_prim_func([a, te.compute((16,), lambda r: sum(s[r] for s in stages), "all")])
 
 
