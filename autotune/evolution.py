@@ -53,15 +53,20 @@ _INSTRUCTIONS = "tvm.s_tir.tensor_intrin"
 
 @dataclass
 class Evolution:
-    """The traces of one kernel. ``target`` is TVM's, with the number of cores; times are relative to the untuned."""
+    """The traces of one kernel. ``target`` is TVM's, with the number of cores; times are relative to the untuned.
+
+    ``failure`` tells why TVM's search broke off, if it did: that costs the kernel its traces, no more.
+    """
 
     function: Any
     target: Any
     seed: int = 1
     values: list[float] = field(default_factory=list)
+    failure: str = ""
     _waiting: list[Any] = field(default_factory=list)
     _asked: dict[str, Any] = field(default_factory=dict)
     _context: Any = None
+    _scores: Any = None
     _ended: bool = False
 
     def promise(self, best: float) -> float:
@@ -76,6 +81,30 @@ class Evolution:
 
     def propose(self) -> str:
         """Return a trace that was not proposed before; an empty text if there is none."""
+        try:
+            return self._next()
+        except Exception as error:  # TVM's search runs on any kernel, and may fail in any way
+            self._fail(error)
+            return ""
+
+    def learn(self, text: str, ratio: float) -> None:
+        """Take note of what a trace takes relative to the untuned kernel, infinite for a failure."""
+        self.values.append(math.log(ratio) if math.isfinite(ratio) else _FAILED)
+        if self.failure:
+            return
+        try:
+            self._take(text, ratio)
+        except Exception as error:  # as above
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        # TVM loses what is raised where it calls back.
+        cause = getattr(self._scores, "raised", None) or error
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
+        self._ended, self.failure = True, f"TVM's search failed: {type(cause).__name__}: {str(cause).strip()[-200:]}"
+
+    def _next(self) -> str:
         self._begin()
         if not self._waiting and not self._ended:
             self._waiting = list(self._context.generate_measure_candidates() or [])
@@ -87,15 +116,12 @@ class Evolution:
         self._asked[text] = candidate
         return text
 
-    def learn(self, text: str, ratio: float) -> None:
-        """Take note of what a trace takes relative to the untuned kernel, infinite for a failure."""
+    def _take(self, text: str, ratio: float) -> None:
         self._begin()
-        value = math.log(ratio) if math.isfinite(ratio) else _FAILED
-        self.values.append(value)
         candidate = self._asked.pop(text, None) or self._candidate(text)
         if candidate is None:
             return
-        self._scores.add(self._context, candidate, value)
+        self._scores.add(self._context, candidate, self.values[-1])
         if math.isfinite(ratio):
             record = search.database.TuningRecord(
                 candidate.sch.trace, self._workload, [ratio], self.target, candidate.args_info
@@ -147,6 +173,7 @@ class _Scores(search.cost_model.PyCostModel):  # type: ignore[misc]
         self.random = np.random.default_rng(seed)
         self.points: list[Vector] = []
         self.values: list[float] = []
+        self.raised: BaseException | None = None
 
     def add(self, context: Any, candidate: Any, value: float) -> None:
         """Learn the logarithm of a time."""
@@ -155,6 +182,13 @@ class _Scores(search.cost_model.PyCostModel):  # type: ignore[misc]
 
     def predict(self, context: Any, candidates: Sequence[Any]) -> Vector:
         """Return a score for each candidate, more for faster ones."""
+        try:
+            return self._predict(context, candidates)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+    def _predict(self, context: Any, candidates: Sequence[Any]) -> Vector:
         if len(self.points) < _LEAST:
             return self.random.random(len(candidates))
         known, asked = np.array(self.points), np.array(self._features(context, candidates))

@@ -63,6 +63,7 @@ class Search:
     hints: list[Candidate] = field(default_factory=list)
     evolution: Evolution | None = None
     traces: dict[int, str] = field(default_factory=dict)
+    failure: str = ""
     _ranked: list[tuple[float, Candidate]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -118,7 +119,7 @@ class Search:
             found = self._traced(text)
             if found not in self.tried:
                 return found
-        self.evolution = None
+        self.failure, self.evolution = self.evolution.failure, None
         return None
 
     def trace(self, candidate: Candidate) -> str:

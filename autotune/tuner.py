@@ -174,6 +174,8 @@ class Tuner:
             settled = search.settle(candidate)
             if settled is not None:
                 return search, settled
+            if search.failure:
+                self._append([self._record(search.task, search.zero, KEPT, note=search.failure)])
 
     def _prepare(self, process: Process, search: Search, variant: int) -> bool:
         """Load what a worker needs for a candidate; False if the untuned kernel itself does not work there."""

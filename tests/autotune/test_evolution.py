@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tvm import te
 
+from optc.autotune import evolution as module
 from optc.autotune.evolution import BATCH, Evolution, target_of
 from optc.backends.cpu.single import aligned, compile_kernel
 from optc.backends.cpu.target import resolve, to_tvm
@@ -116,3 +117,31 @@ def test_traces_of_other_runs_are_learned_or_left(text):
     search.learn(text, 0.7)
     assert search.values == [math.log(0.7)]
     assert search.propose()
+
+
+def test_a_search_that_fails_ends_and_says_why(monkeypatch):
+    search = evolution(sums())
+    first = search.propose()
+    monkeypatch.setattr(module.search.database, "TuningRecord", lambda *_: 1 / 0)
+    search.learn(first, 0.5)
+    assert search.failure == "TVM's search failed: ZeroDivisionError: division by zero"
+    assert search.propose() == "" and search.promise(1.0) == 0.0
+    search.learn(first, 0.5)
+    broken = evolution(None)
+    assert broken.propose() == "" and broken.failure.startswith("TVM's search failed")
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupt_inside_of_tvm_is_one(monkeypatch, raised):
+    def interrupted(*_):
+        raise raised
+
+    search = evolution(sums())
+    for text in [search.propose() for _ in range(BATCH)]:
+        search.learn(text, 1.0)
+    monkeypatch.setattr(module, "_squares", interrupted)
+    if raised is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            search.propose()
+    else:
+        assert search.propose() == "" and "ZeroDivisionError" in search.failure

@@ -120,7 +120,7 @@ class Traces:
     """An evolution that knows three traces."""
 
     def __init__(self, gain):
-        self.gain, self.left, self.learned = gain, ["c", "b", "a"], {}
+        self.gain, self.left, self.learned, self.failure = gain, ["c", "b", "a"], {}, ""
 
     def promise(self, best):
         return self.gain

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from optc import driver, plot, tuner
 from optc.autotune import log
+from optc.autotune.evolution import Evolution
 from optc.autotune.record import KEPT, MODEL, OK
 from optc.cli import cli
 from optc.errors import UsageError
@@ -155,6 +156,15 @@ def test_kernels_without_a_template_are_searched_too(normalized):
     tune(str(normalized), Plan(path, trials=3))
     new = [r for r in log.read(path).records if r.trace and r.where != MODEL and r not in traced]
     assert not {r.trace for r in new} & before, "a second run goes on"
+
+
+def test_a_search_of_tvm_that_fails_is_told(normalized, monkeypatch):
+    path = normalized.with_name("failed.jsonl")
+    monkeypatch.setattr(Evolution, "_next", lambda _: 1 / 0)
+    tune(str(normalized), Plan(path, trials=4))
+    records = log.read(path).records
+    assert not [r for r in records if r.trace]
+    assert "ZeroDivisionError" in {r.note.split(": ")[1] for r in records if r.note.startswith("TVM's search failed")}
 
 
 def test_a_model_without_fixed_sizes_is_refused(tmp_path):
