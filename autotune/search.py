@@ -63,7 +63,6 @@ class Search:
     hints: list[Candidate] = field(default_factory=list)
     evolution: Evolution | None = None
     traces: dict[int, str] = field(default_factory=dict)
-    failure: str = ""
     _ranked: list[tuple[float, Candidate]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -107,7 +106,8 @@ class Search:
             self._rank()
         self._ranked = [entry for entry in self._ranked if entry[1] not in self.tried]
         hinted = [(_HINTED, candidate) for candidate in self.hints if candidate not in self.tried]
-        traced = [(self.evolution.promise(self.best.ratio), NEXT)] if self.evolution is not None else []
+        gain = 0.0 if self.evolution is None else self.evolution.promise(self.best.ratio)
+        traced = [(gain, NEXT)] if gain > 0 else []
         decided = sorted([*traced, *self._ranked[:count]], key=lambda entry: -entry[0])
         return [*hinted, *decided][:count]
 
@@ -119,7 +119,6 @@ class Search:
             found = self._traced(text)
             if found not in self.tried:
                 return found
-        self.failure, self.evolution = self.evolution.failure, None
         return None
 
     def trace(self, candidate: Candidate) -> str:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,11 @@ class Tuner:
         """Return TVM's search for a kernel without a template, None for others."""
         if not task.searched:
             return None
-        cores = target_of(to_tvm(resolve(self.pool.settings.target)), self.machine.threads)
-        return Evolution(task.variants[0].function, cores)
+        return Evolution(task.variants[0].function, self._cores)
+
+    @cached_property
+    def _cores(self) -> Any:
+        return target_of(to_tvm(resolve(self.pool.settings.target)), self.machine.threads)
 
     def run(self) -> None:
         """Tune until the budget is spent or nothing promises enough. May be interrupted at any time."""
@@ -108,6 +112,8 @@ class Tuner:
         finally:
             # Where every candidate failed there is nothing measured either.
             without = [s for s in self.searches if not any(math.isfinite(r.ratio) for r in s.results[1:])]
+            broken = [(s, s.evolution.failure) for s in self.searches if s.evolution is not None and s.evolution.failure]
+            self._append([self._record(s.task, s.zero, KEPT, note=why) for s, why in broken])
             untried = [s.task for s in without if s.task.key not in self.dead]
             self._keep(untried, records, "the search ended before a candidate of it was measured")
 
@@ -174,8 +180,6 @@ class Tuner:
             settled = search.settle(candidate)
             if settled is not None:
                 return search, settled
-            if search.failure:
-                self._append([self._record(search.task, search.zero, KEPT, note=search.failure)])
 
     def _prepare(self, process: Process, search: Search, variant: int) -> bool:
         """Load what a worker needs for a candidate; False if the untuned kernel itself does not work there."""

@@ -42,6 +42,7 @@ from tvm.s_tir.meta_schedule.builder import local_builder
 
 from optc import driver
 from optc.autotune import log
+from optc.autotune.evolution import target_of
 from optc.autotune.machine import machine_of
 from optc.autotune.pool import Pool, Settings
 from optc.autotune.record import OK
@@ -333,7 +334,7 @@ def search(case: Gemm | Conv, seconds: float, side: str) -> None:
     if side == "ours":
         found = ours(case, seconds, clock, folder)
     else:
-        target = tvm.target.Target({**to_tvm(driver.resolve_target("cpu")).export(), "num-cores": default_threads()})
+        target = target_of(to_tvm(driver.resolve_target("cpu")), default_threads())
         watch = theirs(case, target, seconds, clock, folder / "meta_schedule.so")
         arguments = {"meta_schedule": _arguments(case.plain())}
         found = {"arguments": arguments, "curve": watch.curve, "trials": watch.trials}

@@ -196,7 +196,7 @@ def _vectorize(sch: Any, block: Any, spatial: list[Any], reduction: list[Any], l
     """Vectorize the innermost spatial loop where its extent allows; returns the loops left outside."""
     outer = list(spatial)
     extent = _extent(sch, spatial[-1]) if spatial else None
-    if reduction and extent is not None and extent % lanes:
+    if reduction and extent is not None and extent % lanes and _walks(sch, block):
         # Half a vector of sums is far more than one sum after the other.
         lanes = max(_LEAST_LANES, extent & -extent)
     if extent is not None and lanes > 1 and extent % lanes == 0 and not _scalar_only(sch.get(block)):

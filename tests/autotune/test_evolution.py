@@ -41,7 +41,7 @@ def test_every_proposal_is_another_right_schedule():
         texts.append(search.propose())
         result = aligned(np.zeros(64, np.float32))
         compile_kernel(traces.replay(sums(), texts[-1]), CPU)(aligned(data), result)
-        np.testing.assert_allclose(result.numpy(), data.astype(np.float64).sum(1), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(result.numpy(), data.astype(np.float64).sum(1), rtol=1e-5, atol=1e-5)
         search.learn(texts[-1], 1.0)
     assert len(set(texts)) == 2 * BATCH
     assert [evolution(sums()).propose(), evolution(sums()).propose()] == texts[:1] * 2, "the same in every run"

@@ -158,12 +158,13 @@ def test_kernels_without_a_template_are_searched_too(normalized):
     assert not {r.trace for r in new} & before, "a second run goes on"
 
 
-def test_a_search_of_tvm_that_fails_is_told(normalized, monkeypatch):
-    path = normalized.with_name("failed.jsonl")
-    monkeypatch.setattr(Evolution, "_next", lambda _: 1 / 0)
+@pytest.mark.parametrize("part", ["_next", "_take"])
+def test_a_search_of_tvm_that_fails_is_told(normalized, monkeypatch, part):
+    path = normalized.with_name(f"failed{part}.jsonl")
+    monkeypatch.setattr(Evolution, part, lambda *_: 1 / 0)
     tune(str(normalized), Plan(path, trials=4))
     records = log.read(path).records
-    assert not [r for r in records if r.trace]
+    assert bool([r for r in records if r.trace]) == (part == "_take")
     assert "ZeroDivisionError" in {r.note.split(": ")[1] for r in records if r.note.startswith("TVM's search failed")}
 
 
