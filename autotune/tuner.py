@@ -112,8 +112,8 @@ class Tuner:
         finally:
             # Where every candidate failed there is nothing measured either.
             without = [s for s in self.searches if not any(math.isfinite(r.ratio) for r in s.results[1:])]
-            broken = [(s, s.evolution.failure) for s in self.searches if s.evolution is not None and s.evolution.failure]
-            self._append([self._record(s.task, s.zero, KEPT, note=why) for s, why in broken])
+            broken = [(s, s.evolution.failure) for s in self.searches if s.evolution is not None]
+            self._append([self._record(s.task, s.zero, KEPT, note=why) for s, why in broken if why])
             untried = [s.task for s in without if s.task.key not in self.dead]
             self._keep(untried, records, "the search ended before a candidate of it was measured")
 
