@@ -145,23 +145,23 @@ def pages(count: int, seed: int, size: int = 320) -> tuple[Page, ...]:
     return tuple(found)
 
 
-def rectangles(probabilities: np.ndarray) -> list[Rectangle]:
+def rectangles(probabilities: np.ndarray, threshold: float = 0.3, growth: float = 1.6) -> list[Rectangle]:
     """Return the lines that PP-OCR reads off a map ``[H, W]`` of the detector.
 
-    Regions above 0.3 whose mean is above 0.5, as boxes; each edge moves out by area / perimeter * 1.6, since the
-    detector learns text shrunk by that (Liao et al., "Real-time Scene Text Detection with Differentiable Binarization",
-    2019).
+    Regions above ``threshold`` whose mean is above 0.5, as boxes; each edge moves out by area / perimeter * ``growth``,
+    since the detector learns text shrunk by that (Liao et al., "Real-time Scene Text Detection with Differentiable
+    Binarization", 2019).
     """
     from scipy import ndimage
 
-    regions, _ = ndimage.label(probabilities > 0.3)
+    regions, _ = ndimage.label(probabilities > threshold)
     found = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
         height, width = rows.stop - rows.start, columns.stop - columns.start
         inside = regions[rows, columns] == number
         if min(height, width) < 3 or probabilities[rows, columns][inside].mean() < 0.5:
             continue
-        d = round(height * width / (2 * (height + width)) * 1.6)
+        d = round(height * width / (2 * (height + width)) * growth)
         across = slice(max(columns.start - d, 0), min(columns.stop + d, probabilities.shape[1]))
         found.append((slice(max(rows.start - d, 0), min(rows.stop + d, probabilities.shape[0])), across))
     return found
@@ -209,11 +209,6 @@ def edits(a: str, b: str) -> int:
         for j, y in enumerate(b, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
     return row[-1]
-
-
-def character_accuracy(read: list[str], expected: list[str]) -> float:
-    """Return the share of characters that are right, 1 less edits over characters."""
-    return 1 - sum(map(edits, read, expected)) / sum(map(len, expected))
 
 
 def tokenizer(length: int = 128) -> object:
