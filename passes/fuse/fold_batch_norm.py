@@ -102,6 +102,24 @@ def batch_norm_alone(node: oir.Node, ops: Ops) -> Outcome:
     return Rewrite([ops("Add", product, ops.constant(shift, "shift"))])
 
 
+@rule("Conv(x,w,b), a pixel of a channel each => x*w+b", "Conv")
+def conv_of_single_values(node: oir.Node, ops: Ops) -> Outcome:
+    """A convolution that sums nothing, as reparametrized branches leave it, is a scale and a shift of its channels."""
+    x, weight = node.inputs[0], constant(node.inputs[1])
+    if x is None or weight is None or len(weight) != weight.size or integer(node, "group", 1) != len(weight):
+        return None
+    if any(integers(node, "pads")) or set(integers(node, "strides") or (1,)) != {1}:
+        return Miss("it pads, or leaves pixels out")
+    bias = bias_of(node, len(weight))
+    if bias is None:
+        return Miss("the bias is not constant")
+    spatial = [1] * (weight.ndim - 2)
+    product = ops("Mul", x, ops.constant(weight.reshape(-1, *spatial), "scale"), like=node.outputs[0])
+    if not bias.any():
+        return Rewrite([product])
+    return Rewrite([ops("Add", product, ops.constant(bias.astype(weight.dtype).reshape(-1, *spatial), "shift"))])
+
+
 def _factor(node: oir.Node) -> tuple[oir.Value, np.ndarray] | None:
     """Return ``(value, factor)`` of a multiplication by, or division by, a constant."""
     if node.op_type == "Div":
@@ -326,6 +344,7 @@ def scale_before_matmul(node: oir.Node, ops: Ops) -> Outcome:
 def fold_batch_norm_pass() -> RewritePass:
     """Return the pass that folds batch normalization and scales into weights."""
     rules = [
+        conv_of_single_values,
         batch_norm_after_conv,
         batch_norm_after_gemm,
         batch_norm_alone,

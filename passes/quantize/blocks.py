@@ -99,11 +99,9 @@ def _keep_better(matrix: np.ndarray, start: Integers, found: Integers, gram: np.
 
 
 def _split(matrix: np.ndarray, block: int) -> np.ndarray:
-    """Return ``[blocks, rows of a block, columns]``; the last block is filled up with its last row."""
-    depth = len(matrix)
-    size = block or depth
-    missing = -depth % size
-    padded = np.concatenate([matrix, np.repeat(matrix[-1:], missing, 0)]) if missing else matrix
+    """Return ``[blocks, rows of a block, columns]``; the last block is filled up with zeros, which round to zero."""
+    size = block or len(matrix)
+    padded = np.pad(matrix, [(0, -len(matrix) % size), (0, 0)])
     return padded.reshape(-1, size, matrix.shape[1]).astype(np.float64)
 
 

@@ -16,6 +16,7 @@ AFTER_MATMUL = "(MatMul(x,w)+c)*s => MatMul(x,w*s)+c*s"
 BEFORE_CONV = "Conv(x*s,w,b) => Conv(x,w*s,b)"
 SHIFT_CONV = "Conv(x+t,w,b) => Conv(x,w,b+w*t), no padding"
 AFFINE_CONV = "Conv(x*s+t,w,b) => Conv(x+t/s,w*s,b)"
+SINGLE = "Conv(x,w,b), a pixel of a channel each => x*w+b"
 BEFORE_MATMUL = "MatMul(x*s,w) => MatMul(x,s*w)"
 
 IMAGE = "(float[b,4,5,5] x) => "
@@ -101,6 +102,55 @@ def test_batch_norm_with_computed_scale_stays(norm, image, build, check, rng):
     feeds = image | {"scale": rng.standard_normal(4, np.float32)}
     result = check(build(text, **parts), fold_batch_norm_pass(), feeds, fired={})
     assert "not constant" in result.skipped[0].reason
+
+
+@pytest.mark.parametrize(
+    ("inputs", "ops"), [("x, w", ["Mul", "Relu"]), ("x, w, zero", ["Mul", "Relu"]), ("x, w, b", ["Add", "Mul", "Relu"])]
+)
+def test_conv_that_sums_nothing_is_a_scale_and_a_shift(inputs, ops, image, build, check, rng):
+    constants = {"w": rng.standard_normal((4, 1, 1, 1), np.float32), "b": rng.standard_normal(4, np.float32)}
+    constants["zero"] = np.zeros(4, np.float32)
+    used = {name: array for name, array in constants.items() if name in inputs.split(", ")}
+    for padding in ("", ", auto_pad='SAME_UPPER'"):
+        text = f"c = Conv<group=4{padding}>({inputs}) y = Relu(c)".replace("'", '"')
+        model = build(IMAGE + f"(float[b,4,5,5] y) {{ {text} }}", **used)
+        check(model, fold_batch_norm_pass(), image, fired={SINGLE: 1}, ops=ops, atol=1e-6)
+
+
+def test_conv_that_sums_nothing_folds_with_its_neighbours(image, build, check, rng):
+    constants = {name: rng.standard_normal((4, 4, 3, 3), np.float32) for name in "uv"}
+    constants |= {"w": rng.standard_normal((4, 1, 1, 1), np.float32), "b": rng.standard_normal(4, np.float32)}
+    model = build(
+        IMAGE + "(float[b,4,1,1] y) { c = Conv(x, u) d = Conv<group=4>(c, w, b) y = Conv(d, v) }", **constants
+    )
+    fired = {SINGLE: 1, SHIFT_CONV: 1, AFTER_CONV: 1}
+    check(model, fold_batch_norm_pass(), image, fired=fired, ops=["Conv", "Conv"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "shape", "out", "why"),
+    [
+        ("group=4, pads=[1,1,1,1]", (4, 1, 1, 1), "4,7,7", "pads"),
+        ("group=4, strides=[2,2]", (4, 1, 1, 1), "4,3,3", "leaves pixels out"),
+        ("group=4", (8, 1, 1, 1), "8,5,5", None),
+        ("group=2", (4, 2, 1, 1), "4,5,5", None),
+        ("group=4", (4, 1, 1, 2), "4,5,4", None),
+    ],
+)
+def test_conv_that_does_more_stays(attributes, shape, out, why, image, build, check, rng):
+    model = build(
+        IMAGE + f"(float[b,{out}] y) {{ y = Conv<{attributes}>(x, w) }}", w=rng.standard_normal(shape, np.float32)
+    )
+    result = check(model, fold_batch_norm_pass(), image, fired={}, atol=1e-6)
+    assert any(why in skip.reason for skip in result.skipped) if why else not result.skipped
+
+
+def test_conv_with_a_computed_bias_stays(image, build, check, rng):
+    text = "(float[b,4,5,5] x, float[4] c) => (float[b,4,5,5] y) { y = Conv<group=4>(x, w, c) }"
+    model = build(text, w=rng.standard_normal((4, 1, 1, 1), np.float32))
+    feeds = image | {"c": rng.standard_normal(4, np.float32)}
+    result = check(model, fold_batch_norm_pass(), feeds, fired={}, atol=1e-6)
+    assert "bias is not constant" in result.skipped[0].reason
 
 
 @pytest.mark.parametrize("op", ["Mul(c, s)", "Mul(s, c)", "Div(c, s)"])

@@ -39,6 +39,15 @@ def test_nearest_is_off_by_about_half_a_step(depth, columns, block, dtype, seed)
     assert np.all(error <= step * 0.51 + 1e-12)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_short_last_block_is_rounded_as_a_whole_one(dtype, rng):
+    matrix = rng.normal(0, 1, (35, 50)).astype(np.float32)
+    matrix[-1] *= 0.1
+    last, alone = nearest(matrix, dtype, 32), nearest(matrix[32:], dtype)
+    np.testing.assert_array_equal(last.values[32:], alone.values)
+    np.testing.assert_array_equal(last.scale[1], alone.scale)
+
+
 def test_zeros_stay_zeros():
     for dtype in TYPES:
         assert not nearest(np.zeros((20, 3), np.float32), dtype, 16).dequantized().any()
