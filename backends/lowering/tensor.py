@@ -155,14 +155,16 @@ def concat(site: Site) -> Any:
 
 
 def join(site: Site, tensors: Sequence[Any], axis: int) -> Any:
-    """Concatenate: contiguous copies, one loop nest an input."""
+    """Concatenate: contiguous copies. Many rows are written one by one, each from all inputs."""
     # Empty parts add nothing, and shape arithmetic leaves many.
     tensors = [t for t in tensors if not _is_zero(shape_of(t)[axis])] or [tensors[0]]
     if len(tensors) == 1:
         return tensors[0]
     shapes = [shape_of(t) for t in tensors]
     total: Any = 0
+    offsets = []
     for shape in shapes:
+        offsets.append(total)
         total = total + shape[axis]
     whole = [*shapes[0][:axis], total, *shapes[0][axis + 1 :]]
     tensors = [
@@ -173,52 +175,53 @@ def join(site: Site, tensors: Sequence[Any], axis: int) -> Any:
     ]
 
     def body(ins: list[imperative.Cells], outs: list[imperative.Cells]) -> None:
-        offset: Any = 0
-        for source in ins:
-            _copy(source, outs[0], axis, offset)
-            offset = offset + source.shape[axis]
+        leading = [plain(d) for d in whole[:axis]]
+        if math.prod(d if isinstance(d, int) else _MANY for d in leading) >= _MANY:
+            with imperative.loop(product(leading), kind="parallel") as (row,):
+                for source, offset in zip(ins, offsets, strict=True):
+                    _copy_run(source, outs[0], axis, offset, unravel(row, leading))
+            return
+        for source, offset in zip(ins, offsets, strict=True):
+            rows = [plain(d) for d in source.shape[: axis + 1]]
+            with imperative.loop(product(rows), kind="parallel") as (row,):
+                _copy_run(source, outs[0], axis, offset, unravel(row, rows))
 
     return site.emit(
         lambda *a: imperative.procedure(a, [(whole, str(a[0].dtype))], body, "concat"), *tensors, name="concat"
     )
 
 
-def _copy(source: imperative.Cells, target: imperative.Cells, axis: int, offset: Any) -> None:
-    """Copy ``source`` to ``target`` from ``offset`` on along ``axis``, rows in parallel."""
-    shape = [plain(d) for d in source.shape]
+def _copy_run(source: imperative.Cells, target: imperative.Cells, axis: int, offset: Any, row: Sequence[Any]) -> None:
+    """Copy what ``source`` has at the leading indices ``row``, to ``target`` from ``offset`` on along ``axis``."""
+    run = [plain(d) for d in source.shape[len(row) :]]
 
     def element(index: Sequence[Any]) -> None:
-        place = [*index]
+        place = [*row, *index]
         place[axis] = place[axis] + offset
-        target[place] = source[index]
+        target[place] = source[[*row, *index]]
 
-    # Rows as long as can be, but enough of them.
-    depth = axis if math.prod(d if isinstance(d, int) else _MANY for d in shape[:axis]) >= _MANY else axis + 1
-    rows, run = shape[:depth], shape[depth:]
     known = all(isinstance(d, int) for d in run)
     bits = tvm_ffi.dtype(target.dtype).bits
     lanes = math.gcd(run[-1], _VECTOR_BITS // bits) if run and known and bits >= 8 and target.dtype != "bool" else 1
-    with imperative.loop(product(rows), kind="parallel") as (row,):
-        outer = unravel(row, rows)
-        # Vectors by name: of nested loops of a known length, LLVM takes the outer one for vectors, with gathers.
-        if lanes > 1:
-            with (
-                imperative.loop(*run[:-1], run[-1] // lanes) as (*middle, last),
-                imperative.loop(lanes, kind="vectorized") as (lane,),
-            ):
-                element([*outer, *middle, last * lanes + lane])
-        elif run and known:
-            with imperative.loop(product(run)) as (flat,):
-                element([*outer, *unravel(flat, run)])
-        else:
-            with imperative.loop(*run) as inner:
-                element([*outer, *inner])
+    # Vectors by name: of nested loops of a known length, LLVM takes the outer one for vectors, with gathers.
+    if lanes > 1:
+        with (
+            imperative.loop(*run[:-1], run[-1] // lanes) as (*middle, last),
+            imperative.loop(lanes, kind="vectorized") as (lane,),
+        ):
+            element([*middle, last * lanes + lane])
+    elif run and known:
+        with imperative.loop(product(run)) as (flat,):
+            element(unravel(flat, run))
+    else:
+        with imperative.loop(*run) as inner:
+            element(inner)
 
 
 _MANY = 8
+"""Rows that are enough to share them out."""
 _VECTOR_BITS = 512
 """Of the vectors that are copied; where a target has narrower ones, LLVM divides them."""
-"""Rows that are enough to share them out."""
 
 
 @TABLE.lowers("Split")
