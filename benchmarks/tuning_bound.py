@@ -5,11 +5,11 @@
     python benchmarks/tuning_bound.py report                        the tables of docs/autotuning.md
 
 A kernel's bound is the longest of three times, which no schedule of it can go below: its multiply-adds (of Winograd's
-algorithm those in its transformed domain) at the measured peak; its weights at the bandwidth of memory, if the model's
-weights exceed the last-level cache; what else it reads and writes at the bandwidth of the last-level cache, or of the
-second level if it fits there. What functions like exp take, or a transform's additions, is not in it: the real bound is
-higher. Of many runs the fastest counts, for kernels and limits alike. What all kernels take beyond their bounds is the
-most that tuning could ever save.
+algorithm those of whole tiles in its transformed domain) at the measured peak; its weights at the bandwidth of
+memory, if the model's weights exceed the last-level cache; what else it reads and writes, at the bandwidth of reading
+as much again and again. What functions like exp take, a transform's additions, and that writing is slower, is not in
+it: the real bound is higher. Of many runs the fastest counts, for kernels and limits alike. What all kernels take
+beyond their bounds is the most that better schedules could ever save.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ NAMES = {
     "det": "PP-OCRv4 det 640x640",
 }
 PROFILES = 60
-LAST_LEVEL, SECOND_LEVEL = 8 << 20, 1 << 18
-"""Bytes a thread reads again and again where the bandwidth of these caches is measured."""
+FOOTPRINTS = tuple(1 << power for power in range(17, 27))
+"""Bytes that are read again and again where bandwidth is measured."""
 SHOWN = 8
 
 
@@ -63,8 +63,9 @@ def demand(function: Any, weights: dict[int, Any]) -> Demand:
     operations = asked.operations if asked else 0
     if asked is not None and workload_of(function).layout.get("winograd"):
         # The definition sums over spots of the domain, channels, and a tile of the image.
-        spots, channels, size, _ = asked.summed
-        operations = 2 * prod(asked.outputs) * channels * spots // (size - 2) ** 2
+        (spots, channels, size, _), (batch, rows, columns, maps) = asked.summed, asked.outputs
+        tiles = batch * -(-rows // (size - 2)) * -(-columns // (size - 2))
+        operations = 2 * spots * tiles * channels * maps
     return Demand(operations, constant, sum(sizes) - constant)
 
 
@@ -88,7 +89,7 @@ def measure(name: str, threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         inputs = cases.make_inputs(case, optc.capture(cases.fixed_file(case, Path(folder))))
     limits = machine.measure(threads)
-    last, second = (machine.bandwidth(threads, size * threads // 4) for size in (LAST_LEVEL, SECOND_LEVEL))
+    near = {size: machine.bandwidth(threads, size // 4) for size in FOOTPRINTS}
     cold = sum(w.nbytes for w in model.manifest.weights) > machine.last_level_bytes()
     schedules = {k["name"]: k["schedule"] for k in model.report["kernels"]}
     samples: dict[str, list[float]] = {}
@@ -99,16 +100,21 @@ def measure(name: str, threads: int) -> None:
     rows = []
     for kernel, seconds in samples.items():
         need = asked.get(kernel, Demand(0, 0, 0))
-        near = second if need.activations <= SECOND_LEVEL * threads else last
         bound = max(
             need.operations / limits.gflops,
-            need.weights / (limits.bandwidth if cold else last),
-            need.activations / near,
+            need.weights / (limits.bandwidth if cold else _bandwidth(near, need.weights)),
+            need.activations / _bandwidth(near, need.activations),
         )
         ms, least = min(seconds) * 1e3, bound * calls[kernel] / 1e6
         rows.append({"kernel": kernel, "schedule": schedules.get(kernel, "-"), "ms": ms, "bound": min(least, ms)})
-    speeds = {"gflops": limits.gflops, "memory": limits.bandwidth, "last": last, "second": second}
+    speeds = {"gflops": limits.gflops, "memory": limits.bandwidth, "near": near}
     (FOLDER / f"{name}.{threads}.json").write_text(json.dumps({"limits": speeds, "kernels": rows}))
+
+
+def _bandwidth(near: dict[int, float], size: int) -> float:
+    """Return the highest bandwidth of footprints from the largest that is not above ``size`` on."""
+    first = max((footprint for footprint in near if footprint <= size), default=min(near))
+    return max(speed for footprint, speed in near.items() if footprint >= first)
 
 
 def report(threads: int) -> str:
