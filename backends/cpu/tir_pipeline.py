@@ -41,12 +41,22 @@ def _pipeline() -> tuple[Any, Any, Any]:
 
     @tvm.transform.module_pass(opt_level=0, name="LowerKernelsAndSegments")  # type: ignore[untyped-decorator]
     def both(module: Any, _context: Any) -> Any:
-        kernels = _hoist_bindings(transform.Filter(lambda f: not _has(f, SEGMENT))(module))
-        kernels = lower(tasks.split(kernels))
+        kernels = tasks.split(_hoist_bindings(transform.Filter(lambda f: not _has(f, SEGMENT))(module)))
+        separate = transform.Filter(lambda f: _has(f, loops.SEPARATE))(kernels)
+        kernels = lower(transform.Filter(lambda f: not _has(f, loops.SEPARATE))(kernels))
+        with _without_sharing():
+            kernels.update(lower(separate))
         kernels.update(straight(transform.Filter(lambda f: _has(f, SEGMENT))(module)))
         return kernels
 
     return both, lambda: tvm.transform.Sequential([_place_scratch, finish_host(), _return_status]), finish_device
+
+
+def _without_sharing() -> Any:
+    """Return the pass context in force, but for the pass that has scratch buffers share memory."""
+    now = tvm.transform.PassContext.current()
+    config = {**now.config, "tirx.disable_storage_rewrite": True}
+    return tvm.transform.PassContext(now.opt_level, now.required_pass, now.disabled_pass, now.instruments, config)
 
 
 def _has(function: Any, attribute: str) -> bool:

@@ -87,6 +87,14 @@ def load(buffer: Any, position: Any) -> Any:
     return tirx.BufferLoad(buffer, [index(position)])
 
 
+SEPARATE = "optc.separate_scratch"
+"""Attribute of functions whose scratch buffers do not share memory.
+
+TVM gives buffers that are not alive at once the same place. Where one is read in vectors of 16 elements and the other
+in vectors of 8, LLVM takes what should be registers apart and together again in every step.
+"""
+
+
 def scratch(name: str, size: Any, dtype: str) -> tuple[Any, Any]:
     """Return a flat scratch buffer and the statement that allocates it.
 

@@ -99,7 +99,9 @@ class _Generator:
 
     def function(self) -> Any:
         """Return the function with its body replaced."""
-        return self.reader.finish(self._chunks() if self.chunked else self._phases())
+        function = self.reader.finish(self._chunks() if self.chunked else self._phases())
+        # Transforms take whole vectors, products may take halves of them.
+        return function.with_attr(loops.SEPARATE, True)
 
     def _workspace(self, slots: Any) -> tuple[Any, Any, list[Any]]:
         """Return V and M with room for ``slots`` tiles, and their allocations."""
