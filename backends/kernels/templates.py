@@ -36,8 +36,8 @@ VERSIONS = {
     integer_contraction.TEMPLATE: 5,
     integer_depthwise.TEMPLATE: 2,
     weight_only.TEMPLATE: 2,
-    window.TEMPLATE: 4,
-    winograd.TEMPLATE: 4,
+    window.TEMPLATE: 5,
+    winograd.TEMPLATE: 5,
 }
 """Counts changes of each template and rule after which older tuning records no longer hold: decisions mean something
 else, or the untuned kernel, which they are relative to, has become another one."""

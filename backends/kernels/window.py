@@ -36,6 +36,11 @@ _EDGE_PIXELS = 21
 """Pixels at both ends of a row up to which each gets code of its own."""
 _LINE_BITS = 512
 """Of a line of the cache, which neighbouring pixels do not share if blocks of channels begin and end with it."""
+_LINES, _SMALL_WINDOW = 4, 9
+"""Lines of the cache to a pixel, or else pixels to a window, up to which all channels are better taken at once.
+
+Blocks have no more lines: the first-level cache has other things to hold.
+"""
 _CHUNKS = 16
 """Chunks of rows where only a run knows how many rows there are."""
 _AGAIN = 0.1
@@ -91,18 +96,29 @@ class _Generator:
         self.base: Any = loops.index(0)
 
     def _block(self, target: Target) -> Any:
-        """Return how many channels are taken at a time: those whose weights and lines stay in the first-level cache."""
+        """Return how many channels are taken at a time: those whose weights and lines stay in the first-level cache.
+
+        An image that comes from farther than the second level is better read pixel after pixel where that is possible:
+        blocks leave parts of lines out, most of all where pixels do not begin with a line.
+        """
         known = static(self.channels)
         if known is None or self.image is None:
             return self.channels
+        size, caches = bits(self.dtype) // 8, target.caches
         columns = static(self.image.source.shape[-2]) or _COLUMNS
         window = prod(self.window)
-        bytes_each = (window // self.window[-1] * columns + window) * bits(self.dtype) // 8
-        line = max(self.lanes, _LINE_BITS // bits(self.dtype))
-        most = max(line, target.caches.l1 * 3 // 4 // bytes_each // line * line)
-        # The last block is moved back to end with the channels: even ones repeat the least.
-        even = -(-known // max(1, -(-known // most)))
-        best = min(known, -(-even // line) * line)
+        bytes_each = (window // self.window[-1] * columns + window) * size
+        line = max(self.lanes, _LINE_BITS // 8 // size)
+        pixels = static(loops.product(self.image.source.shape[:-1]))
+        is_far = pixels is None or pixels * known * size > caches.l2 * 3 // 4
+        narrow = known <= _LINES * line or (known % line > 0 and window <= _SMALL_WINDOW)
+        if is_far and narrow and known * bytes_each <= caches.l2 // 2:
+            best = known
+        else:
+            most = max(line, min(_LINES * line, caches.l1 * 3 // 4 // bytes_each // line * line))
+            # The last block is moved back to end with the channels: what it repeats should be little.
+            sizes = range(min(most, -(-known // line) * line), 0, -line)
+            best = min(known, min(sizes, key=lambda block: -(-known // block) * block))
         return decide("block", best, [known, *(n * line for n in counts(12) if n * line < known)])
 
     def _image(self) -> Any:
