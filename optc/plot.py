@@ -38,7 +38,9 @@ def curve(points: Curve) -> str:
 
     steps = [f"{x(points[0][0]):.1f},{y(points[0][2]):.1f}"]
     for before, here in pairwise(points):
-        steps += [f"{x(here[0]):.1f},{y(before[2]):.1f}", f"{x(here[0]):.1f},{y(here[2]):.1f}"]
+        if here[2] != before[2]:
+            steps += [f"{x(here[0]):.1f},{y(before[2]):.1f}", f"{x(here[0]):.1f},{y(here[2]):.1f}"]
+    steps.append(f"{x(last):.1f},{y(points[-1][2]):.1f}")
     bottom, end = _HEIGHT - _MARGIN, f"{last:.0f} s, {points[-1][1]} trials"
     return "\n".join(
         [

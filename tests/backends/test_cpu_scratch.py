@@ -1,4 +1,4 @@
-"""Which scratch buffers leave the stack."""
+"""Which scratch buffers leave the stack, and which share memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 from tvm import tirx
 
+from optc.backends.cpu import tir_pipeline
 from optc.backends.cpu.scratch import keep_off_the_stack
 from optc.backends.cpu.single import aligned, compile_kernel
 from optc.backends.cpu.target import resolve, to_tvm
@@ -58,3 +60,21 @@ def test_results(target, dtype):
     out = aligned(np.zeros(ROWS * 4, dtype))
     compile_kernel(kernel(24, dtype), resolve(target))(aligned(values), out)
     np.testing.assert_array_equal(out.numpy(), np.repeat(values, 4))
+
+
+@pytest.mark.parametrize(("separate", "count"), [(False, 1), (True, 2)])
+def test_buffers_that_are_not_alive_at_once_share_memory_unless_they_say(separate, count):
+    values, out = tirx.decl_buffer([ROWS], "float32", "values"), tirx.decl_buffer([ROWS], "float32", "out")
+
+    def through(name: str, size: int) -> list[Any]:
+        memory, allocate = loops.scratch(name, size, "float32")
+        there = loops.loop("i", ROWS, lambda i: loops.store(memory, i, loops.load(values, i)))
+        return [allocate, there, loops.loop("i", ROWS, lambda i: loops.store(out, i, loops.load(memory, i)))]
+
+    function = tirx.PrimFunc([values, out], loops.sequence(*through("one", 32), *through("two", 24)))
+    target = to_tvm(resolve("cpu"))
+    function = function.with_attrs({"global_symbol": "main", "target": tvm.target.Target(target, host=target)})
+    function = function.with_attr(loops.SEPARATE, True) if separate else function
+    lower, _, _ = tir_pipeline._pipeline()
+    lowered = lower(tvm.IRModule({"main": function}))["main"]
+    assert len(loops.collect(lowered.body, tirx.AllocBuffer)) == count

@@ -7,6 +7,12 @@ import onnxruntime
 import pytest
 from onnx import helper
 
+from optc import driver
+from optc.backends.cpu.build import CpuBackend
+from optc.backends.cpu.target import resolve
+from optc.backends.kernels.decisions import deciding
+from optc.backends.kernels.schedule import schedule_kernel
+
 F = np.float32
 
 
@@ -28,6 +34,8 @@ def reference(model, x):
         (20, (4, 5), 1, 1, 1, (0, 0, 0, 1)),
         (8, (4, 4), 2, 1, 1, (0, 3, 2, 3)),
         (50, (9, 40), 9, 3, 1, (4, 8, 0, 3)),
+        (24, (110, 100), 3, 1, 1, (1, 1, 1, 1)),
+        (72, (90, 60), 3, 2, 1, (1, 0, 0, 1)),
     ],
 )
 def test_depthwise(compile_model, make_model, target, channels, size, kernel, stride, dilation, pads):
@@ -38,6 +46,28 @@ def test_depthwise(compile_model, make_model, target, channels, size, kernel, st
     constants = {"w": w, "b": rng.standard_normal(channels, F)}
     model = make_model([node], {"x": (F, x.shape)}, {"y": F}, constants, opset=21)
     np.testing.assert_allclose(compile_model(model, target)(x)[0], reference(model, x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "block"),
+    [
+        (24, 112, 3, 24),  # far, and not whole lines: pixel after pixel
+        (64, 112, 5, 64),  # far and narrow
+        (72, 112, 5, 16),  # far, but what larger windows read stays in the first-level cache
+        (112, 28, 5, 16),  # near: 32 would compute 128
+        (128, 28, 3, 64),  # near: the largest that repeats nothing
+    ],
+)
+def test_how_many_channels_are_taken_at_a_time(make_model, channels, size, kernel, block):
+    w = np.ones((channels, 1, kernel, kernel), F)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[kernel // 2] * 4, group=channels)
+    model = make_model([node], {"x": (F, (1, channels, size, size))}, {"y": F}, {"w": w}, opset=21)
+    target = resolve("znver3")  # caches of 32 and 512 KB
+    module, _ = CpuBackend(target).fuse(driver.optimize(model, portable=False))
+    (function,) = [f for var, f in module.functions.items() if "depthwise" in str(var.name_hint)]
+    with deciding({}) as space:
+        schedule_kernel(function, target)
+    assert space.taken["block"] == block
 
 
 @pytest.mark.parametrize("operator", ["MaxPool", "AveragePool"])

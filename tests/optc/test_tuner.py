@@ -181,4 +181,7 @@ def test_curves():
     assert plot.spark([]) == "" and plot.spark([1.0]) == "▁"
     svg = plot.curve(points)
     assert svg.startswith("<svg") and "4 s, 9 trials" in svg
+    # A step for each change, and none where nothing changes.
+    assert 'points="184.0,48.0 320.0,48.0 320.0,140.0 592.0,140.0 592.0,232.0 592.0,232.0"' in svg
+    assert plot.curve([*points[:2], (3.0, 6, 0.9), (3.5, 7, 0.9), points[2]]) == svg
     assert "polyline" in plot.curve([])
