@@ -13,7 +13,7 @@ from typing import Any
 
 import compression_data as texts
 import numpy as np
-from compression import PAGE, TASKS, digits_module
+from compression import FOLDER, PAGE, TASKS, digits_module
 
 import optc
 from optc.compression import data
@@ -72,6 +72,7 @@ def main() -> None:
         "| model | budget | objective | layers | float32 | search | best of 30 random | of them inside | evaluations |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
+    FOLDER.mkdir(parents=True, exist_ok=True)
     for case in CASES:
         lines.append(compare(*case))
         print(lines[-1], flush=True)

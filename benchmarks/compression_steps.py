@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import compression_data as texts
 import compression_speed as speed
@@ -80,6 +81,8 @@ def differences(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
 def measure(name: str) -> Steps:
     """Compare a model that compression_speed.py has prepared."""
     stem = FOLDER / performance.slug(name)
+    if not Path(f"{stem}.npz").exists():
+        raise SystemExit(f"{name} is not prepared: python benchmarks/compression_speed.py --prepare --only '{name}'")
     inputs = dict(np.load(f"{stem}.npz"))
     model = oir.load(f"{stem}.int8.onnx")
     opened, given, made = cut(model)

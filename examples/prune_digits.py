@@ -139,7 +139,7 @@ def main():
     how = Structured(options.ratio, criterion=options.importance)
     for name in [options.only] if options.only else ["cnn", "vit"]:
         if name == "cnn":
-            module = train(recipe(64, 3, 0, CNN_STEPS, F.cross_entropy), CNN_STEPS)
+            module = train(recipe(64, 3, 0, CNN_STEPS), CNN_STEPS)
         else:
             module = train(transformer_recipe(VIT_STEPS), VIT_STEPS)
         compare(name, module, how, options.fine_tune)
