@@ -23,7 +23,7 @@ from optc.passes.prune.select import Structured
 from optc.timing import alternate
 from optc.training import Batches, Distillation, Recipe, Trainer
 
-CNN_STEPS, VIT_STEPS = 300, 1200
+CNN_STEPS, VIT_STEPS = 300, 1600
 BATCH = MICROBATCH * MICROBATCHES
 
 
@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--only", choices=["cnn", "vit"])
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--importance", default="l2", choices=["l1", "l2", "bn"])
-    parser.add_argument("--fine-tune", type=int, default=200, metavar="STEPS")
+    parser.add_argument("--fine-tune", type=int, default=400, metavar="STEPS")
     options = parser.parse_args()
     how = Structured(options.ratio, criterion=options.importance)
     for name in [options.only] if options.only else ["cnn", "vit"]:
