@@ -9,6 +9,8 @@ import pytest
 from optc.backends.cpu.build import CpuBackend
 from optc.backends.cpu.target import resolve
 from optc.backends.kernels import winograd
+from optc.backends.kernels.loops import SEPARATE
+from optc.backends.kernels.schedule import schedule_kernel
 from optc.frontend.onnx import load
 
 F = np.float32
@@ -76,13 +78,24 @@ def test_the_choice_counts_cycles():
     assert winograd.choose(56, 56, 3, 64, CPU) is None
 
 
-def test_it_can_be_left_out():
+@pytest.fixture
+def square():
+    """A convolution of 32 channels of 28 x 28 pixels."""
     weights = ", ".join(["0.5"] * (32 * 32 * 9))
     text = f"""<ir_version: 10, opset_import: ["" : 21]> g (float[1, 32, 28, 28] x) => (float[1, 32, 28, 28] y)
     <float[32, 32, 3, 3] k = {{{weights}}}> {{ y = Conv<pads = [1, 1, 1, 1]>(x, k) }}"""
+    return load(onnx.parser.parse_model(text))
+
+
+def test_it_can_be_left_out(square):
     kept, left = (
-        [k.rule for k in CpuBackend(CPU, None, without).schedule(load(onnx.parser.parse_model(text))).kernels]
-        for without in ((), ("winograd",))
+        [k.rule for k in CpuBackend(CPU, None, without).schedule(square).kernels] for without in ((), ("winograd",))
     )
     assert "winograd" in kept
     assert "winograd" not in left and "contraction" in left
+
+
+def test_its_scratch_buffers_share_no_memory(square):
+    module, _ = CpuBackend(CPU).fuse(square)
+    scheduled = [schedule_kernel(f, CPU) for v, f in module.functions.items() if "winograd" in str(v.name_hint)]
+    assert [(rule, bool(f.attrs.get(SEPARATE))) for f, rule, _ in scheduled] == [("winograd", True)]
