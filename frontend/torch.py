@@ -135,13 +135,8 @@ def _arguments(inputs: Any) -> dict[str, Any]:
 
 
 def _export(torch: Any, source: Any, inputs: Any, dynamic_shapes: Any) -> Any:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
     try:
-        # The exporter reports optional packages it does without; that is not the user's concern.
-        logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _silence(), torch.no_grad():
             arguments = {} if inputs is None else _arguments(inputs) | {"dynamic_shapes": dynamic_shapes}
             table = translations(torch)
             return torch.onnx.export(
@@ -152,8 +147,22 @@ def _export(torch: Any, source: Any, inputs: Any, dynamic_shapes: Any) -> Any:
             f"PyTorch cannot export this model: {_place(error)}{_summary(_root(error))}",
             hint="torch.export.export(module, inputs) tells more; data-dependent control flow needs torch.cond",
         ) from error
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what the exporter says about itself from the user: packages it does without, attributes it guesses."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _place(error: BaseException) -> str:

@@ -38,6 +38,8 @@ from optc.timing import alternate
 
 COMPARE_SECONDS = 6.0
 """What a comparison of two artifacts may take, at least a few runs of each."""
+_LAST = 1 / 30
+"""The part of the time for the last comparison, if that is longer: a gain of 2 % takes many runs to be told."""
 ROUND_SECONDS = 2.5
 """The same for one round of kernels that were timed alone only."""
 _ALONE = 0.55
@@ -177,12 +179,14 @@ def tune(
             pool.stop()
             if rounds is not None:
                 progress("comparing in the model", None)
-                end = (
-                    None if plan.seconds is None else start + plan.seconds - rounds.build_seconds - 2 * COMPARE_SECONDS
+                last = max(COMPARE_SECONDS, (plan.seconds or 0) * _LAST)
+                left = None if plan.seconds is None else plan.seconds - rounds.build_seconds - COMPARE_SECONDS - last
+                rounds.run(
+                    None if left is None else start + left,
+                    lambda number: progress(f"comparing in the model, round {number}", None),
                 )
-                rounds.run(end, lambda number: progress(f"comparing in the model, round {number}", None))
                 progress("comparing artifacts", None)
-                rounds.finish(outcome)
+                rounds.finish(outcome, last)
         except KeyboardInterrupt:
             tuner.stopped, outcome.interrupted = "interrupted", True
     offset = tuner.start - start
@@ -287,7 +291,7 @@ class _Rounds:
             _, records = _compare(self.untuned, tuned, self.inputs, ROUND_SECONDS)
             log.append(self.log, records)
 
-    def finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: Outcome, seconds: float) -> None:
         """Time what the log serves now; what does not hold once more is not served afterwards."""
         for last in (False, True):
             tuned = self._build(Lookup(self.machine, self._records()))
@@ -297,7 +301,7 @@ class _Rounds:
                 break
         timings = alternate(
             {"untuned": lambda: self.untuned.model.run(self.inputs), "tuned": lambda: tuned.model.run(self.inputs)},
-            seconds=COMPARE_SECONDS,
+            seconds=seconds,
         )
         outcome.untuned, outcome.tuned = (timing.median for timing in timings)
         errors = verification.compare_all(tuned.model.run(self.inputs), self.untuned.model.run(self.inputs))

@@ -77,7 +77,7 @@ class _Memory:
         }
 
 
-def _array(owner: object, tensor: ffi.DLTensor, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _array(owner: object, tensor: ffi.DLTensor | ffi.Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return the memory of ``tensor`` as an array that keeps ``owner`` alive."""
     shape = tuple(tensor.shape[: tensor.ndim])
     if 0 in shape:
@@ -101,7 +101,7 @@ def _bytes(size: int) -> Any:
     return ctypes.c_char * size
 
 
-def _dtype_of(tensor: ffi.DLTensor) -> np.dtype[Any] | None:
+def _dtype_of(tensor: ffi.DLTensor | ffi.Tensor) -> np.dtype[Any] | None:
     name = name_of(tensor.code, tensor.bits) if tensor.lanes == 1 else None
     return numpy_dtype(name) if name else None
 

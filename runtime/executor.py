@@ -17,7 +17,6 @@ from math import inf
 from queue import SimpleQueue
 from time import perf_counter
 
-from optc.errors import OptcError
 from optc.runtime import ffi
 from optc.runtime.dtypes import dlpack_type
 from optc.runtime.inputs import Array
@@ -246,13 +245,14 @@ class _Argument:
         self.shape = array.shape
         dtype = array.dtype.name
         self.ref = ffi.view(start, *dlpack_type(dtype), array.shape)
-        self._tensor, self._holders = self.ref.tensor(), self.ref.counter()
+        self._tensor = self.ref.tensor()
 
     def move(self, array: Array, start: int) -> bool:
         """Let the tensor lie at ``start``; False if it cannot stand for ``array``, or somebody holds it."""
-        if array.shape != self.shape or self._holders.value != 1:
+        tensor = self._tensor
+        if array.shape != self.shape or tensor.holders != 1:
             return False
-        self._tensor.data = start
+        tensor.data = start
         return True
 
 
@@ -285,10 +285,7 @@ class Machine:
                 if not argument.move(arrays[i], starts[i]):
                     self._inputs[i] = _Argument(arrays[i], starts[i])
                     self._arguments[i].content = self._inputs[i].ref.address
-        result = self._call()
-        if not isinstance(result, ffi.Ref):
-            raise OptcError(f"the compiled code returned {result!r} instead of tensors")
-        return result.items() if result.type_index == ffi.ARRAY else [result]
+        return self._call.objects()
 
 
 class Executor:

@@ -53,6 +53,19 @@ class DLTensor(ctypes.Structure):
     )
 
 
+class Tensor(ctypes.Structure):
+    """TVM's object that holds a tensor: what every object has, then DLPack's fields."""
+
+    _fields_ = (
+        ("holders", ctypes.c_uint32),
+        ("weak_holders", ctypes.c_uint32),
+        ("type_index", ctypes.c_int32),
+        ("padding", ctypes.c_uint32),
+        ("deleter", ctypes.c_void_p),
+        *DLTensor._fields_,
+    )
+
+
 class Value(ctypes.Structure):
     """TVMFFIAny: a type index and eight bytes, here read as an integer or a pointer."""
 
@@ -105,15 +118,17 @@ class Ref:
         """The index of the object's type."""
         return ctypes.c_int32.from_address(self.address + 8).value
 
-    def counter(self) -> ctypes.c_uint32:
-        """Return where the object counts the references to it, valid as long as this one."""
-        return ctypes.c_uint32.from_address(self.address)
+    @property
+    def holders(self) -> int:
+        """How many references to the object there are."""
+        return ctypes.c_uint32.from_address(self.address).value
 
-    def tensor(self) -> DLTensor:
+    def tensor(self) -> Tensor:
         """Return the tensor's fields, valid as long as the reference; raises OptcError for another object."""
-        if self.type_index != TENSOR:
-            raise OptcError(f"expected a tensor from the compiled code, got object type {self.type_index}")
-        return DLTensor.from_address(self.address + HEADER)
+        found = Tensor.from_address(self.address)
+        if found.type_index != TENSOR:
+            raise OptcError(f"expected a tensor from the compiled code, got object type {found.type_index}")
+        return found
 
     def items(self) -> list[Ref]:
         """Return references to the items of an array of objects."""
@@ -223,11 +238,7 @@ class Call:
     def __call__(self) -> Ref | int | None:
         """Return the result: an object, an integer (or bool), or None."""
         result = self._result
-        result.type_index = NONE  # the callee owns what it finds there
-        status = self._call(*self._arguments)
-        if status:
-            check(status)
-        kind = result.type_index
+        kind = self._run()
         if kind >= FIRST_OBJECT:
             return Ref(result.content)
         if kind in (INT, BOOL):
@@ -235,6 +246,23 @@ class Call:
         if kind == NONE:
             return None
         raise OptcError(f"TVM's runtime returned a value of type {kind}")
+
+    def objects(self) -> list[Ref]:
+        """Return the object that the function returns, or the items of an array of them."""
+        kind = self._run()
+        if kind < FIRST_OBJECT:
+            raise OptcError(f"the compiled code returned a value of type {kind} instead of tensors")
+        found = Ref(self._result.content)
+        return found.items() if kind == ARRAY else [found]
+
+    def _run(self) -> int:
+        """Call and return the type of the result."""
+        result = self._result
+        result.type_index = NONE  # the callee owns what it finds there
+        status = self._call(*self._arguments)
+        if status:
+            check(status)
+        return int(result.type_index)
 
 
 def call(function: Ref, *args: Ref | Value | int | str | bool | None) -> Ref | int | None:

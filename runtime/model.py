@@ -25,6 +25,8 @@ _MAX_THREADS = 1024
 
 Output = tuple[ffi.Ref, int, tuple[int, ...], int]
 """A tensor, where its data starts, its shape and its size in bytes."""
+_OWN_HOLDERS = 2
+"""Who holds a fresh output: we and the machine's last result."""
 
 
 class _Result:
@@ -36,9 +38,8 @@ class _Result:
         self._bits = self.dtype.itemsize * 8
         self._last: tuple[list[int], tuple[int, ...], int] = [], (), self.dtype.itemsize
 
-    def read(self, ref: ffi.Ref) -> tuple[int, tuple[int, ...], int]:
+    def read(self, tensor: ffi.Tensor) -> tuple[int, tuple[int, ...], int]:
         """Return where the data of a tensor starts, its shape and its size in bytes."""
-        tensor = ref.tensor()
         if tensor.bits * tensor.lanes != self._bits:
             raise OptcError(f"the code returned elements of {tensor.bits} bits instead of {self.dtype.name}")
         dims = tensor.shape[: tensor.ndim]
@@ -191,14 +192,14 @@ class Model:
             taken.append((start, start + array.nbytes))
         owned: list[Output] = []
         for ref, output in zip(outputs, self._outputs, strict=True):
-            start, shape, size = output.read(ref)
+            tensor = ref.tensor()
+            start, shape, size = output.read(tensor)
             stop = start + size
-            # A fresh output is held by us and by the machine's last result; more holders share it.
-            shared = size and ref.counter().value > 2
+            shared = tensor.holders > _OWN_HOLDERS
             for begin, end in taken:
-                shared = shared or (size and start < end and begin < stop)
-            if shared:
-                tensor = ref.tensor()
+                if start < end and begin < stop:
+                    shared = True
+            if shared and size:
                 ref, source = ffi.empty(tensor.code, tensor.bits, shape), start
                 start = ref.tensor().data or 0
                 ctypes.memmove(start, source, size)
