@@ -5,6 +5,7 @@ The functions are traced by onnxscript; their signatures are those of the operat
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +35,27 @@ def translations(torch: Any) -> dict[Any, Callable[..., Any]]:
         # What cumprod decomposes into; it comes without another type.
         assert output_dtype is None
         return op.ReduceProd(inp, ints(*dims), keepdims=0)
+
+    # The exporter's own make sequences, which no rule looks through.
+    def split(self: Any, split_size: Any, dim: int = 0) -> Any:
+        size = self.shape[dim]
+        if not isinstance(size, int) or not isinstance(split_size, int):
+            return op.SplitToSequence(self, split_size, axis=dim)
+        whole, rest = divmod(size, split_size)
+        return parts(self, [split_size] * whole + [rest] * (rest > 0), dim)
+
+    def split_with_sizes(self: Any, split_sizes: Any, dim: int = 0) -> Any:
+        if not all(isinstance(size, int) for size in split_sizes):
+            return op.SplitToSequence(self, split_sizes, axis=dim)
+        return parts(self, split_sizes, dim)
+
+    def parts(x: Any, sizes: Sequence[int], dim: int) -> Any:
+        if len(sizes) == 1:
+            return [op.Identity(x)]
+        if len(set(sizes)) == 1 and isinstance(x.shape[dim], int):
+            return op.Split(x, axis=dim, num_outputs=len(sizes))
+        ends = list(itertools.accumulate(sizes))
+        return [op.Slice(x, ints(end - size), ints(end), ints(dim)) for size, end in zip(sizes, ends, strict=True)]
 
     def attention(
         query: Any,
@@ -149,6 +171,8 @@ def translations(torch: Any) -> dict[Any, Callable[..., Any]]:
         return extreme
 
     table: dict[Any, Callable[..., Any]] = {
+        torch.ops.aten.split.Tensor: split,
+        torch.ops.aten.split_with_sizes.default: split_with_sizes,
         torch.ops.aten._is_all_true.default: all_true,
         torch.ops.aten.cummax.default: running(op.Greater),
         torch.ops.aten.cummin.default: running(op.Less),

@@ -194,7 +194,7 @@ def attention(node: oir.Node, ops: Ops) -> Outcome:
         return Miss(reason)
     assert q.shape is not None and k.shape is not None and q.dtype is not None
     batch, sequence = ([q.shape[0]] if dims == 3 else [q.shape[0], q.shape[1]]), [q.shape[2], k.shape[2]]
-    mask = combine(found.masks, [*batch, *sequence], q.dtype, ops)
+    mask = combine(found.masks, [*batch, *sequence], k, ops)
     if isinstance(mask, Miss):
         return mask
     inputs = [q, k, v] if mask.value is None else [q, k, v, _mask_input(mask.value, layout, dims)]

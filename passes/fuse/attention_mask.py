@@ -39,13 +39,15 @@ class MaskInput:
     causal: bool
 
 
-def combine(masks: Sequence[Mask], dims: Sequence[object], dtype: oir.DataType, ops: Ops) -> MaskInput | Miss:
+def combine(masks: Sequence[Mask], dims: Sequence[object], keys: oir.Value, ops: Ops) -> MaskInput | Miss:
     """Express ``masks`` by one mask input and the causal flag.
 
-    ``dims`` is the shape of the scores (batch, ..., q, kv). Boolean masks stay boolean where they are alone and fill
-    with minus infinity; there a row without any key gives zeros, as the operator defines, where the separate
-    operators gave NaN.
+    ``dims`` is the shape of the scores (batch, ..., q, kv), ``keys`` has four axes. Boolean masks stay boolean where
+    they are alone and fill with minus infinity; there a row without any key gives zeros, as the operator defines, where
+    the separate operators gave NaN.
     """
+    dtype = keys.dtype
+    assert dtype is not None
     causal = False
     booleans: list[oir.Value] = []
     additive: list[oir.Value] = []
@@ -72,6 +74,8 @@ def combine(masks: Sequence[Mask], dims: Sequence[object], dtype: oir.DataType, 
         converted = [_converted(ops, value, dtype) for value in booleans]
         total = _fold(ops, "Add", [*additive, *converted])
     # The operator does not broadcast the last dimension: it pads a shorter mask with minus infinity.
+    if total is not None and total.shape and total.shape[-1] == 1:
+        total = _for_every_key(total, dims[-1], keys, ops)
     if total is not None and not (total.shape and same_dim(total.shape[-1], dims[-1])):
         return Miss(f"the mask of shape {total.shape} does not state every key")
     return MaskInput(total, causal)
@@ -82,6 +86,16 @@ def _fold(ops: Ops, op_type: str, values: Sequence[oir.Value]) -> oir.Value | No
     for value in values:
         total = value if total is None else _broadcast(ops, op_type, total, value)
     return total
+
+
+def _for_every_key(mask: oir.Value, size: object, keys: oir.Value, ops: Ops) -> oir.Value:
+    """Repeat a mask along its last axis, which is of size one."""
+    assert mask.shape is not None
+    shape = oir.Shape([*list(mask.shape)[:-1], size])  # type: ignore[list-item]
+    ones = ops.constant(np.ones(len(shape) - 1, np.int64), "ones")
+    count = ops("Shape", keys, start=2, end=3, shape=oir.Shape([1]), dtype=oir.DataType.INT64)
+    target = ops("Concat", ones, count, axis=0, shape=oir.Shape([len(shape)]), dtype=oir.DataType.INT64)
+    return ops("Expand", mask, target, shape=shape, dtype=mask.dtype)
 
 
 def _broadcast(ops: Ops, op_type: str, a: oir.Value, b: oir.Value) -> oir.Value:
@@ -129,9 +143,11 @@ def _is_causal(mask: Mask, dims: Sequence[object]) -> bool:
     value = mask.condition if isinstance(mask, Select) else mask
     assert value.shape is not None
     shape = list(value.shape)
-    if len(shape) < 2 or any(d != 1 for d in shape[:-2]) or not all(map(same_dim, shape[-2:], dims[-2:])):
-        return False
     array = constant(value)
+    if len(shape) < 2 or not all(map(same_dim, shape[-2:], dims[-2:])):
+        return False
+    if array is None and any(d != 1 for d in shape[:-2]):
+        return False
     if isinstance(mask, Select):
         if mask.fill > _VANISHES:
             return False
@@ -151,8 +167,7 @@ def _is_causal(mask: Mask, dims: Sequence[object]) -> bool:
 
 
 def _is_lower(kept: np.ndarray) -> bool:
-    matrix = kept.reshape(kept.shape[-2:])
-    return bool((matrix == np.tril(np.ones_like(matrix))).all())
+    return bool((kept == np.tril(np.ones(kept.shape[-2:], bool))).all())
 
 
 def _is_lower_triangle(value: oir.Value | None) -> bool:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import optc
+from optc.errors import UnsupportedModelError
 from optc.ir.serialize import to_proto
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -101,6 +102,23 @@ def test_attention_of_any_length():
         sizes=(other, other, other),
     )
     assert kernels(compiled, arrays) == ["attention"]
+
+
+@pytest.mark.parametrize("sizes", [4, 5, 12, [4, 4, 4], [1, 4, 7], [12]])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_splits_are_no_sequences(sizes, dynamic):
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    shapes = (({0: torch.export.Dim("rows")},),) if dynamic else None
+    model = capture(Function(lambda x: x.split(sizes, dim=1)), example_inputs=(x,), dynamic_shapes=shapes)
+    assert not {"SplitToSequence", "SequenceAt"} & {node.op_type for node in model.graph}
+    check(lambda x: x.split(sizes, dim=1), x, dynamic_shapes=shapes, tolerance=0)
+
+
+def test_a_split_into_parts_that_only_a_run_counts():
+    x = torch.randn(6, 4)
+    shapes = (({0: 3 * torch.export.Dim("thirds", min=2)},),)
+    with pytest.raises(UnsupportedModelError, match="number of parts must be known"):
+        check(lambda x: sum(x.split(x.shape[0] // 3)), x, dynamic_shapes=shapes)
 
 
 def mixture(rows, weights, experts):

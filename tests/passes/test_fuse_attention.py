@@ -131,6 +131,19 @@ def test_mask_by_key_only(attempt):
     assert any(node.op_type == "Reshape" for node in model.graph)
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 5, 1), (3, 2, 1, 1), (5, 1), (1,)])
+@pytest.mark.parametrize("step", ["Add(z, mask)", "Where(mask, z, inf)"])
+def test_mask_by_query_only(shape, step, attempt, rng):
+    """The operator does not repeat masks along the keys."""
+    boolean = "Where" in step
+    feeds = {"mask": np.ones(shape, bool) if boolean else rng.standard_normal(shape, np.float32)}
+    text = CORE + f"w = {step} " + TAIL.format("w")
+    named = ",".join({3: "b", 5: "t"}.get(size, str(size)) for size in shape)
+    kind = "bool" if boolean else "float"
+    fired = {ATTENTION: 1} if shape[-2:] == (5, 1) else {ATTENTION: 1, EXPAND: 1}
+    attempt(text, fired, inputs=f"{HEADS}, {kind}[{named}] mask", feeds=feeds)
+
+
 def test_two_masks_are_added(attempt):
     text = CORE + "w = Add(z, mask) u = Add(w, other) " + TAIL.format("u")
     attempt(text, inputs=f"{HEADS}, float[b,1,1,s] mask, float[t,s] other", ops=["Add", "Attention"])
@@ -212,6 +225,15 @@ def test_causal_constant(step, constants, attempt):
     text = CORE + step + " " + TAIL.format("w")
     model, _ = attempt(text, inputs=SQUARE, outputs="float[b,2,5,4] y", ops=["Attention"], **constants)
     assert node_of(model).attributes["is_causal"].as_int() == 1
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_causal_constant_of_each_batch(same, attempt):
+    mask = np.stack([LOWER, LOWER if same else np.ones_like(LOWER)])[:, None]
+    text = CORE + "w = Where(mask, z, inf) " + TAIL.format("w")
+    inputs = SQUARE.replace("b,", "2,")
+    model, _ = attempt(text, inputs=inputs, outputs="float[2,2,5,4] y", ops=["Attention"], mask=mask)
+    assert node_of(model).attributes["is_causal"].as_int() == int(same)
 
 
 @pytest.mark.parametrize("kind", ["Equal", "Cast"])
@@ -309,7 +331,6 @@ def test_softmax_in_float32_of_a_float16_model(build, rng):
             "scaled after the mask",
         ),
         (CORE + "w = Add(z, mask) " + TAIL.format("w"), HEADS + ", float[c,1,t,s] mask", "not known to broadcast"),
-        (CORE + "w = Add(z, mask) " + TAIL.format("w"), HEADS + ", float[b,1,t,1] mask", "does not state every key"),
         (CORE + "w = Where(mask, z, mild) " + TAIL.format("w"), HEADS + ", bool[t,s] mask", "wholly masked row"),
         (CORE + TAIL.format("z"), HEADS.replace("float[b,2,s,4] k", "float[1,2,s,4] k"), "batch sizes"),
         (CORE + TAIL.format("z"), HEADS.replace("float[b,2,s,4] v", "float[b,1,s,4] v"), "keys have 2 heads, values 1"),
