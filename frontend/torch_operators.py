@@ -50,7 +50,7 @@ def translations(torch: Any) -> dict[Any, Callable[..., Any]]:
         return parts(self, split_sizes, dim)
 
     def parts(x: Any, sizes: Sequence[int], dim: int) -> Any:
-        if len(sizes) == 1:
+        if len(sizes) <= 1:  # torch splits nothing into one part
             return [op.Identity(x)]
         if len(set(sizes)) == 1 and isinstance(x.shape[dim], int):
             return op.Split(x, axis=dim, num_outputs=len(sizes))
@@ -120,19 +120,20 @@ def translations(torch: Any) -> dict[Any, Callable[..., Any]]:
     def grouped_product(input: Any, weight: Any, offs: Any) -> Any:
         # Rows up to the first end are multiplied with the first matrix, those up to the second with the second: the
         # experts of a mixture. Rows behind the last end are zero.
-        ends, start, parts = op.Cast(offs, to=DataType.INT64), ints(0), []
+        ends, start, found = op.Cast(offs, to=DataType.INT64), ints(0), []
         for expert in range(weight.shape[0]):
             end = op.Slice(ends, ints(expert), ints(expert + 1), ints(0))
             matrix = op.Gather(weight, op.Constant(value_int=expert), axis=0)
-            parts.append(op.MatMul(op.Slice(input, start, end, ints(0)), matrix))
+            found.append(op.MatMul(op.Slice(input, start, end, ints(0)), matrix))
             start = end
         rows, columns = op.Shape(input, start=0, end=1), op.Shape(weight, start=2)
         zero = op.CastLike(op.Constant(value_float=0.0), input)
-        parts.append(op.Expand(zero, op.Concat(op.Sub(rows, start), columns, axis=0)))
-        return op.Reshape(op.Concat(*parts, axis=0), op.Concat(rows, columns, axis=0))
+        found.append(op.Expand(zero, op.Concat(op.Sub(rows, start), columns, axis=0)))
+        return op.Reshape(op.Concat(*found, axis=0), op.Concat(rows, columns, axis=0))
 
     def grouped_mm(self: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: int | None = None) -> Any:
-        if offs is None or bias is not None or (len(self.shape), len(mat2.shape)) != (2, 3):
+        plain = offs is not None and bias is None and out_dtype is None
+        if not plain or (len(self.shape), len(mat2.shape)) != (2, 3):
             raise NotImplementedError("grouped products of other than one matrix with a stack of matrices")
         return grouped_product(self, mat2, offs)
 

@@ -114,6 +114,10 @@ def test_splits_are_no_sequences(sizes, dynamic):
     check(lambda x: x.split(sizes, dim=1), x, dynamic_shapes=shapes, tolerance=0)
 
 
+def test_a_split_of_nothing_is_one_part():
+    check(lambda x: x.split(4, dim=1)[0] + 1, torch.zeros(3, 0))
+
+
 def test_a_split_into_parts_that_only_a_run_counts():
     x = torch.randn(6, 4)
     shapes = (({0: 3 * torch.export.Dim("thirds", min=2)},),)
